@@ -1,0 +1,29 @@
+# Two commands do everything on a machine with only Python: `make demo` and `make test`.
+# Each makes its own virtual environment with the versions pinned in constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint
+
+demo: $(VENV)/demo
+	$(BIN)/python training/compare.py --presets gpt stateful --num_hidden_layers 2 --max_steps 300 --output_dir runs/demo
+
+test: $(VENV)/test lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[training]"
+	touch $@
+
+$(VENV)/test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[training,test]"
+	touch $@

@@ -1,0 +1,87 @@
+"""The decoder's configuration: the usual fields under their usual names, and one token mixer per layer."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+@strict
+class GateLoopConfig(PreTrainedConfig):
+    r"""
+    A pre-norm decoder. `layer_types` names each layer's token mixer; with `"full_attention"` everywhere, the default,
+    it is a plain GPT.
+
+    Args:
+        layer_types: one entry per layer, each a key of `TOKEN_MIXERS` in `modeling_gateloop.py`.
+        num_key_value_heads: fewer than `num_attention_heads` for grouped-query attention.
+        position_embedding_type: `"rope"`, or `"none"`: no positions but those that the causal mask implies.
+        mlp_type: `"gelu"` or `"swiglu"`, a key of `MLPS` in `modeling_gateloop.py`.
+        hidden_dropout: dropout on the embeddings and on what each block adds to the residual stream.
+    """
+
+    model_type = "gateloop"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 258
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    layer_types: list[str] | None = None
+    position_embedding_type: str = "rope"
+    rope_parameters: RopeParameters | dict | None = None
+    mlp_type: str = "gelu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        # Saved with every checkpoint, so that each Auto class finds its class in the code beside the weights.
+        self.auto_map = {
+            "AutoConfig": "configuration_gateloop.GateLoopConfig",
+            "AutoModel": "modeling_gateloop.GateLoopModel",
+            "AutoModelForCausalLM": "modeling_gateloop.GateLoopForCausalLM",
+        }
+
+    def validate_architecture(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        if self.position_embedding_type not in ("rope", "none"):
+            raise ValueError(f"position_embedding_type must be 'rope' or 'none', not {self.position_embedding_type!r}.")
+
+    def validate_layer_type(self):
+        # transformers allows only the layer types of its own models; the model looks ours up in its table.
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries; num_hidden_layers is {self.num_hidden_layers}."
+            )
+
+
+AutoConfig.register("gateloop", GateLoopConfig, exist_ok=True)
+GateLoopConfig.register_for_auto_class()

@@ -1,0 +1,119 @@
+"""The configuration of Stateful GPT: a language model's own configuration, and how its state is fed back."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_gateloop import GateLoopConfig
+from .feedback import FUSIONS
+from .solvers import SOLVERS
+
+
+@strict
+class StatefulGPTConfig(PreTrainedConfig):
+    r"""
+    Args:
+        text_config: the language model's own configuration, any decoder of transformers or a `GateLoopConfig`
+            (the default: a plain GPT).
+        feedback: how the state enters the embedding, a key of `FUSIONS` in `feedback.py`; None for no feedback.
+        feedback_source: `"hidden_state"`, or `"embedding"`: the same fusion fed with the previous token's embedding,
+            a token shift and no recurrence, to compare with.
+
+    Training:
+        num_passes: passes over a training batch. The first is plain, each further one reads the states of the pass
+            before, shifted by one. The loss is the mean over all passes.
+        pass_probabilities: in place of `num_passes`, the probability of 1, 2, … passes, drawn for each batch from
+            `pass_seed` and the number of batches so far: the same on every process, and after a resume.
+        detach_between_passes: no gradient from a pass to the one before.
+        feedback_noise: standard deviation of Gaussian noise on the states that are fed back.
+        prefix_mixin: probability that a sequence starts with a stretch of plain embeddings, of uniformly random length.
+        share_dropout_masks: whether all passes over a batch use the same dropout masks.
+
+    Evaluation, where the recurrence itself is solved:
+        solver: a key of `SOLVERS` in `solvers.py`.
+        prefill_passes: a fixed number of passes, or None: until max|Δh| ≤ `tolerance`.
+        tolerance: in units of the last hidden state, which a final norm keeps near 1 per element.
+    """
+
+    model_type = "stateful_gpt"
+    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type=GateLoopConfig.model_type)}
+    keys_to_ignore_at_inference = ["past_key_values", "pass_losses", "passes", "residual"]
+
+    # Any: `__post_init__` turns a dict or None into the configuration it stands for.
+    text_config: Any = None
+    feedback: str | None = "gated_add"
+    feedback_source: str = "hidden_state"
+    num_passes: int = 2
+    pass_probabilities: list[float] | None = None
+    pass_seed: int = 0
+    detach_between_passes: bool = False
+    feedback_noise: float = 0.0
+    prefix_mixin: float = 0.0
+    share_dropout_masks: bool = True
+    solver: str = "jacobi"
+    prefill_passes: int | None = None
+    tolerance: float = 1e-4
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # Saved with every checkpoint, so that each Auto class finds its class in the code beside the weights.
+        self.auto_map = {
+            "AutoConfig": "configuration_stateful_gpt.StatefulGPTConfig",
+            "AutoModel": "modeling_stateful_gpt.StatefulGPTModel",
+            "AutoModelForCausalLM": "modeling_stateful_gpt.StatefulGPTForCausalLM",
+        }
+
+    def validate_feedback(self):
+        if self.feedback is not None and self.feedback not in FUSIONS:
+            raise ValueError(f"feedback {self.feedback!r} does not exist; choose from {sorted(FUSIONS)} or None.")
+        if self.feedback_source not in ("hidden_state", "embedding"):
+            raise ValueError(f"feedback_source must be 'hidden_state' or 'embedding', not {self.feedback_source!r}.")
+
+    def validate_passes(self):
+        for name in ("num_passes", "prefill_passes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1 (1 is the plain language model).")
+        probabilities = self.pass_probabilities
+        if probabilities is not None and (min(probabilities, default=-1) < 0 or abs(sum(probabilities) - 1) > 1e-6):
+            raise ValueError(
+                f"pass_probabilities are the probabilities of 1, 2, … passes and must sum to 1, not {probabilities}."
+            )
+        if self.feedback_noise < 0:
+            raise ValueError(f"feedback_noise is a standard deviation and cannot be {self.feedback_noise}.")
+        if not 0 <= self.prefix_mixin <= 1:
+            raise ValueError(f"prefix_mixin is a probability and cannot be {self.prefix_mixin}.")
+
+    def validate_solver(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver {self.solver!r} does not exist; choose from {sorted(SOLVERS)}.")
+        if self.tolerance < 0:
+            raise ValueError(f"tolerance cannot be negative, as {self.tolerance} is.")
+
+
+def _read_through(name: str) -> property:
+    def get(config: StatefulGPTConfig):
+        return getattr(config.text_config, name)
+
+    def set_(config: StatefulGPTConfig, value):
+        setattr(config.text_config, name, value)
+
+    return property(get, set_, doc=f"`text_config.{name}`, for clients that look for it at the top level.")
+
+
+for _name in (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "use_cache",
+):
+    setattr(StatefulGPTConfig, _name, _read_through(_name))
+
+
+AutoConfig.register("stateful_gpt", StatefulGPTConfig, exist_ok=True)
+StatefulGPTConfig.register_for_auto_class()

@@ -1,0 +1,85 @@
+"""How the previous step's state enters the next step's token embedding.
+
+Every fusion is a module called as `fusion(e, h)` with the token embeddings `e` and the previous steps' states `h`,
+both `[..., D]`, and returns the language model's input `[..., D]`. It is applied at each position separately. Where
+there is no previous step the caller uses `e` itself.
+
+A new fusion is one class below and one entry in `FUSIONS`.
+"""
+
+import torch
+from torch import nn
+
+
+class FusionLinear(nn.Linear):
+    """A linear layer that keeps PyTorch's own initialisation: scaled to the width, with biases.
+
+    With transformers' `initializer_range` the products of small numbers below would start near 1e-4 of the embedding
+    and be learned late.
+    """
+
+
+class ZeroLinear(FusionLinear):
+    """Starts at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class Fusion(nn.Module):
+    def start_at_identity(self) -> None:
+        """Zeroes what makes `fusion(e, h) == e`, for a fusion put around a trained model. A no-op where impossible."""
+
+
+class GatedAdd(Fusion):
+    """`e + value(h) * relu(key(h) * query(e))`: component-wise key-query attention, from the "Stateful GPT" proposal
+    (E. Dereynal de Saint Michel, 2025)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.query = FusionLinear(hidden_size, hidden_size)
+        self.key = FusionLinear(hidden_size, hidden_size)
+        self.value = FusionLinear(hidden_size, hidden_size)
+
+    def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return e + self.value(h) * torch.relu(self.key(h) * self.query(e))
+
+    def start_at_identity(self) -> None:
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+
+class GLU(Fusion):
+    """`RMSNorm(value(h) * sigmoid(gate(e)))`: the state is on the value path and cannot be ignored (arXiv 2608.08888).
+
+    It cannot start as the identity: where there is a previous state, the embedding acts through the gate alone.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.value = FusionLinear(hidden_size, hidden_size)
+        self.gate = FusionLinear(hidden_size, hidden_size)
+        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+
+    def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.value(h) * torch.sigmoid(self.gate(e)))
+
+
+class Correction(Fusion):
+    """`e + ffn([e; h])` whose last layer starts at zero, so that training starts from the plain model
+    (after arXiv 2606.27538)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.up = FusionLinear(2 * hidden_size, hidden_size)
+        self.down = ZeroLinear(hidden_size, hidden_size)
+
+    def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return e + self.down(nn.functional.gelu(self.up(torch.cat([e, h], dim=-1))))
+
+    def start_at_identity(self) -> None:
+        self.down.reset_parameters()
+
+
+FUSIONS: dict[str, type[Fusion]] = {"gated_add": GatedAdd, "glu": GLU, "correction": Correction}

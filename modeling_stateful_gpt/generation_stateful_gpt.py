@@ -1,0 +1,50 @@
+"""What `generate()` needs to know of a model whose state travels from step to step."""
+
+from typing import Any
+
+from transformers import Cache, GenerationMixin
+
+from .cache import last_hidden_state_layer
+
+
+class StatefulGenerationMixin(GenerationMixin):
+    """The state is a layer of the cache that `generate()` builds; all decoding methods then carry it along."""
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache: Cache | None = model_kwargs.get("past_key_values")
+        if cache is not None and self.config.feedback is not None:
+            # The layer must exist before assisted decoding turns past recording on, which it does for drafts above.
+            layer = last_hidden_state_layer(cache, self.config.text_config)
+            if generation_config.is_assistant:
+                layer.activate_past_recording()
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None:
+            # For a static cache transformers makes the mask 4-D here; what is padding can only be told from the 2-D.
+            inputs["attention_mask"] = attention_mask.to(self.device)
+        return inputs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs(model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not mask.any():
+            raise ValueError(
+                "attention_mask is zero everywhere: the prompts are all padding. Give each at least one token."
+            )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        self._refuse_continuous_batching()
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        self._refuse_continuous_batching()
+        return super().generate_batch(*args, **kwargs)
+
+    def _refuse_continuous_batching(self) -> None:
+        if self.config.feedback is not None:
+            raise NotImplementedError(
+                "Continuous batching (generate_batch, cache_implementation='paged') keeps only keys and values in its "
+                "paged cache and cannot carry the hidden state from step to step. Use generate(), left-padded."
+            )

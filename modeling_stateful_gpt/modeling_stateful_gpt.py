@@ -1,0 +1,457 @@
+"""Stateful GPT: a language model whose last hidden state enriches the next step's token embedding.
+
+`LanguageModelRecurrence` is the equation `h_t = f(fuse(e_t, h_{t-1}), history)` for one batch, `StatefulGPTModel` has
+it solved, and `StatefulGPTForCausalLM` puts the head on it.
+"""
+
+import random
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+
+from .cache import last_hidden_state_layer, snapshot
+from .configuration_gateloop import GateLoopConfig
+from .configuration_stateful_gpt import StatefulGPTConfig
+from .feedback import FUSIONS, FusionLinear
+from .generation_stateful_gpt import StatefulGenerationMixin
+from .modeling_gateloop import GateLoopModel, check_inputs, default_position_ids, embed_tokens
+from .solvers import SOLVERS, Solution, State, jacobi, sequential
+
+RECORDED = ("output_hidden_states", "output_attentions")
+
+
+@dataclass
+class StatefulGPTOutputWithPast(BaseModelOutputWithPast):
+    """`pass_hidden_states`: in training, the last hidden states `[B, T, D]` of every pass. `passes` and `residual`:
+    in evaluation, what the solver did (see `Solution`)."""
+
+    pass_hidden_states: tuple[torch.Tensor, ...] | None = None
+    passes: int | None = None
+    residual: float | None = None
+
+
+@dataclass
+class StatefulGPTCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`pass_losses`: in training, the loss of every pass, `[passes]`, whose mean is `loss`."""
+
+    pass_losses: torch.Tensor | None = None
+    passes: int | None = None
+    residual: float | None = None
+
+
+class LanguageModelRecurrence:
+    """The recurrence of one batch (see `solvers.Recurrence`).
+
+    A position's previous state is that of the last real token before it: padding is passed over. There is none at the
+    beginning, nor at position 0 of a packed sequence; there, the input is the embedding itself.
+    """
+
+    def __init__(
+        self,
+        model: "StatefulGPTModel",
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        **kwargs,
+    ):
+        batch, self.length, _ = embeds.shape
+        self.model, self.embeds, self.cache, self.kwargs = model, embeds, cache, kwargs
+        self.attention_mask = attention_mask
+        self.past = cache.get_seq_length() if cache is not None else 0
+        # As in transformers, positions say what is packed only where there is neither a mask nor a cache.
+        self.may_be_packed = position_ids is not None and attention_mask is None and cache is None
+        if position_ids is None:
+            position_ids = default_position_ids(self.length, attention_mask, cache, embeds.device)
+        self.position_ids = position_ids
+
+        if attention_mask is not None and attention_mask.ndim == 2:
+            self.real = attention_mask[:, -self.length :].bool()
+        else:
+            self.real = torch.ones(batch, self.length, dtype=torch.bool, device=embeds.device)
+        self.starts = self.real & (self.position_ids == 0)
+
+        self.before = last_hidden_state_layer(cache, model.config.text_config).read() if cache is not None else None
+        exists = self.initial_state()[1][:, None]
+        # Slots of the states with the one from before the sequence put in front: 0, then t + 1 for position t.
+        slots = torch.arange(1, self.length + 1, device=embeds.device).expand(batch, -1)
+        self.in_force = torch.where(self.real, slots, 0).cummax(dim=1).values
+        self.in_force_exists = (self.in_force > 0) | exists
+        self.previous = nn.functional.pad(self.in_force[:, :-1], (1, 0))
+        self.has_previous = torch.cat([exists, self.in_force_exists[:, :-1]], dim=1) & ~self.starts
+        self.running: Cache | None = None
+        self.pass_context: AbstractContextManager = nullcontext()
+
+    def initial_state(self) -> State:
+        if self.before is not None:
+            return self.before
+        batch, _, width = self.embeds.shape
+        return self.embeds.new_zeros(batch, width), self.real.new_zeros(batch)
+
+    def step(self, position: int, state: State) -> tuple[torch.Tensor, State]:
+        if self.running is None:
+            if self.cache is None:
+                self.running = DynamicCache(config=self.model.config.text_config)
+            else:
+                self.running = self.cache if self.length == 1 else snapshot(self.cache)
+        here = slice(position, position + 1)
+        e, real = self.embeds[:, here], self.real[:, here]
+        h, exists = state
+        inputs = self.fuse(e, h[:, None], exists[:, None] & ~self.starts[:, here])
+        hidden_state = self.run(inputs, self.running, here, self.mask_at(position))[:, 0]
+        carried = e[:, 0] if self.model.config.feedback_source == "embedding" else hidden_state
+        return hidden_state, (torch.where(real, carried, h), exists | real[:, 0])
+
+    def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
+        if states is None and self.before is None:
+            inputs = self.embeds
+        else:
+            known = self.has_previous if states is not None else self.has_previous & (self.previous == 0)
+            inputs = self.fuse(self.embeds, self.at(self.previous, states), known)
+        self.running = snapshot(self.cache) if self.cache is not None else None
+        return self.run(inputs, self.running, slice(None), self.attention_mask)
+
+    def plain(self) -> torch.Tensor:
+        """The language model alone: no state, not even one from before the sequence, is fed back."""
+        self.running = self.cache
+        return self.run(self.embeds, self.cache, slice(None), self.attention_mask)
+
+    def at(self, slots: torch.Tensor, states: torch.Tensor | None) -> torch.Tensor:
+        """The states `[B, T, D]` of the given slots `[B, T]`: 0 is the one from before, t + 1 is `states[:, t]`."""
+        if states is None:
+            states = torch.zeros_like(self.embeds)
+        states = torch.cat([self.initial_state()[0][:, None], states], dim=1)
+        return states.gather(1, slots[..., None].expand(-1, -1, states.shape[-1]))
+
+    def fuse(self, e: torch.Tensor, h: torch.Tensor, has_previous: torch.Tensor) -> torch.Tensor:
+        return torch.where(has_previous[..., None], self.model.feedback(e, h), e)
+
+    def run(
+        self, inputs: torch.Tensor, cache: Cache | None, positions: slice, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        with self.pass_context:
+            self.output = self.model.language_model(
+                inputs_embeds=inputs,
+                attention_mask=attention_mask,
+                position_ids=self.position_ids[:, positions],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **self.kwargs,
+            )
+        return self.output.last_hidden_state
+
+    def mask_at(self, position: int) -> torch.Tensor | None:
+        """The attention mask of one position, which sees the ones before it and itself."""
+        if self.attention_mask is not None:
+            seen = self.past + position + 1
+            if self.attention_mask.ndim == 4:
+                return self.attention_mask[:, :, position : position + 1, :seen]
+            return self.attention_mask[:, :seen]
+        if self.may_be_packed:
+            sequence = self.starts.cumsum(1)[:, : position + 1]
+            return (sequence == sequence[:, -1:]).long()
+        return None
+
+    def commit(self, states: torch.Tensor) -> None:
+        """Leaves in the cache what the last run wrote, and the states `[B, T, D]` that the next step can feed back."""
+        if self.cache is None:
+            return
+        if self.running is not self.cache:
+            self.cache.layers = self.running.layers
+        layer = last_hidden_state_layer(self.cache, self.model.config.text_config)
+        layer.write(self.at(self.in_force, states), self.in_force_exists)
+
+
+class TrainingRecurrence(LanguageModelRecurrence):
+    """The same equation with what training adds to it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        config, device = self.model.config, self.embeds.device
+        if config.prefix_mixin > 0:
+            batch = len(self.embeds)
+            lengths = torch.rand(batch, 1, device=device) * (self.length + 1)
+            lengths = lengths * (torch.rand(batch, 1, device=device) < config.prefix_mixin)
+            self.has_previous &= torch.arange(self.length, device=device) >= lengths.long()
+        if config.share_dropout_masks:
+            self.pass_context = _Reseeded(device)
+
+    def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
+        config = self.model.config
+        if states is not None:
+            if config.detach_between_passes:
+                states = states.detach()
+            if config.feedback_noise > 0:
+                states = states + config.feedback_noise * torch.randn_like(states)
+        return super().sweep(states)
+
+
+class _Reseeded:
+    """A context that can be entered again and again, and starts from the same random numbers each time."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seed = int(torch.randint(2**62, ()))
+
+    def __enter__(self) -> None:
+        devices = [] if self.device.type == "cpu" else [self.device]
+        kind = "cuda" if self.device.type == "cpu" else self.device.type
+        self.fork = torch.random.fork_rng(devices=devices, device_type=kind)
+        self.fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error) -> None:
+        self.fork.__exit__(*error)
+
+
+class StatefulGPTPreTrainedModel(PreTrainedModel):
+    config: StatefulGPTConfig
+    config_class = StatefulGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    # What is really supported, the language model says when it is built.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FusionLinear):
+            module.reset_parameters()
+        elif isinstance(module, StatefulGPTModel):
+            init.zeros_(module.batches_seen)
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.language_model.set_input_embeddings(value)
+
+
+class StatefulGPTModel(StatefulGPTPreTrainedModel):
+    """The recurrence around `language_model`, without the head.
+
+    In training mode, `forward` makes the configured passes. In eval mode it solves the recurrence.
+    """
+
+    def __init__(self, config: StatefulGPTConfig):
+        super().__init__(config)
+        if config.text_config.model_type == GateLoopConfig.model_type:
+            # Loaded as remote code, this file may be imported twice, and the Auto classes not know this copy's config.
+            self.language_model: PreTrainedModel = GateLoopModel(config.text_config)
+        else:
+            self.language_model = AutoModel.from_config(config.text_config)
+        self.feedback = FUSIONS[config.feedback](config.hidden_size) if config.feedback is not None else None
+        self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_passes: int | None = None,
+        **kwargs,
+    ) -> StatefulGPTOutputWithPast:
+        """
+        Args:
+            input_ids: `[B, T]`, or `inputs_embeds` `[B, T, D]`: token embeddings, into which the state is then fused.
+            attention_mask: `[B, past + T]`, 0 on padding.
+            position_ids: `[B, T]`; by default the tokens counted without padding. Position 0 starts a sequence: it
+                reads no previous state.
+            past_key_values: a `Cache`; the state is its last layer.
+            num_passes: overrides the config in training and replaces the solver in evaluation: 1 is the plain
+                language model, k is k passes.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if num_passes is not None and num_passes < 1:
+            raise ValueError(f"num_passes is {num_passes}; it must be at least 1 (1 is the plain language model).")
+        if inputs_embeds is None:
+            inputs_embeds = embed_tokens(self.get_input_embeddings(), input_ids)
+        for name in RECORDED:
+            kwargs[name] = kwargs.get(name) or getattr(self.config, name, False)
+        if self.feedback is None:
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            return StatefulGPTOutputWithPast(
+                last_hidden_state=outputs.last_hidden_state,
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
+
+        text_config = self.config.text_config
+        check_inputs(text_config, inputs_embeds.shape[1], attention_mask, past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=text_config)
+        kind = TrainingRecurrence if self.training else LanguageModelRecurrence
+        recurrence = kind(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
+        solution = self.solve(recurrence, num_passes)
+        recurrence.commit(inputs_embeds if self.config.feedback_source == "embedding" else solution.hidden_states)
+        return StatefulGPTOutputWithPast(
+            last_hidden_state=solution.hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=recurrence.output.get("hidden_states"),
+            attentions=recurrence.output.get("attentions"),
+            pass_hidden_states=solution.pass_hidden_states if self.training else None,
+            passes=solution.passes,
+            residual=solution.residual,
+        )
+
+    def solve(self, recurrence: LanguageModelRecurrence, num_passes: int | None) -> Solution:
+        config = self.config
+        if self.training and num_passes is None:
+            num_passes = self.draw_num_passes()
+        if num_passes == 1:
+            return one_pass(recurrence.plain())
+        if config.feedback_source == "embedding":
+            # The previous tokens' embeddings are known, so one pass is exact.
+            return one_pass(recurrence.sweep(recurrence.embeds))
+        if self.training:
+            return jacobi(recurrence, num_passes)
+        if recurrence.length == 1:
+            return sequential(recurrence)
+        if num_passes is not None:
+            return jacobi(recurrence, num_passes)
+        solution = SOLVERS[config.solver](recurrence, config.prefill_passes, config.tolerance)
+        if config.solver == "sequential" and any(recurrence.kwargs[name] for name in RECORDED):
+            # The states being known, one pass over all positions records what single steps recorded one by one.
+            recurrence.sweep(solution.hidden_states)
+        return solution
+
+    @torch.compiler.disable
+    def draw_num_passes(self) -> int:
+        probabilities = self.config.pass_probabilities
+        if probabilities is None:
+            return self.config.num_passes
+        # Not the global random state: that may differ between processes, which must agree on the number.
+        generator = random.Random(f"{self.config.pass_seed} {int(self.batches_seen)}")
+        self.batches_seen += 1
+        return generator.choices(range(1, len(probabilities) + 1), weights=probabilities)[0]
+
+
+def one_pass(hidden_states: torch.Tensor) -> Solution:
+    return Solution(hidden_states, passes=1, pass_hidden_states=(hidden_states,))
+
+
+class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel):
+    def __init__(self, config: StatefulGPTConfig):
+        super().__init__(config)
+        self.model = StatefulGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        embedding = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: str | PreTrainedModel, feedback: str | None = "correction", **config
+    ) -> "StatefulGPTForCausalLM":
+        """Puts feedback around a trained causal language model, whose modules are taken over, not copied.
+
+        Args:
+            backbone: the model, or a name or path for `AutoModelForCausalLM.from_pretrained`.
+            feedback: `"correction"` and `"gated_add"` start out computing exactly what the backbone computes; `"glu"`
+                cannot.
+            config: further fields of `StatefulGPTConfig`.
+
+        Raises:
+            ValueError: if the backbone's head is more than one `nn.Linear` without bias over the last hidden state.
+        """
+        if isinstance(backbone, str):
+            backbone = AutoModelForCausalLM.from_pretrained(backbone)
+        head = backbone.get_output_embeddings()
+        with torch.device("meta"):
+            model = cls(StatefulGPTConfig(text_config=backbone.config, feedback=feedback, **config))
+        model.lm_head = head
+        model.model.language_model = backbone.base_model
+        model.model.batches_seen = torch.zeros((), dtype=torch.int64, device=backbone.device)
+        if feedback is not None:
+            fusion = FUSIONS[feedback](model.config.hidden_size)
+            fusion.start_at_identity()
+            model.model.feedback = fusion.to(backbone.device, backbone.dtype)
+        model.generation_config = backbone.generation_config
+
+        training = backbone.training
+        model.eval()
+        probe = torch.arange(4, device=backbone.device)[None]
+        with torch.no_grad():
+            plain_head = type(head) is nn.Linear and head.bias is None
+            if not plain_head or not torch.equal(model(probe, num_passes=1).logits, backbone.eval()(probe).logits):
+                raise ValueError(
+                    f"{type(backbone).__name__} does more in its head than one nn.Linear without bias (a bias, a scale "
+                    f"or a cap on the logits); StatefulGPTForCausalLM cannot compute the same."
+                )
+        return model.train(training)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_passes: int | None = None,
+        **kwargs,
+    ) -> StatefulGPTCausalLMOutputWithPast:
+        """`labels` `[B, T]` are the `input_ids` themselves (they are shifted here), −100 where there is no loss. The
+        other arguments are those of `StatefulGPTModel.forward`."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_passes=num_passes,
+            **kwargs,
+        )
+        losses = []
+        for hidden_states in outputs.pass_hidden_states or (outputs.last_hidden_state,):
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            if labels is not None:
+                losses.append(self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs))
+        return StatefulGPTCausalLMOutputWithPast(
+            loss=torch.stack(losses).mean() if losses else None,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            pass_losses=torch.stack(losses).detach() if losses and self.training else None,
+            passes=outputs.passes,
+            residual=outputs.residual,
+        )
+
+
+for auto, model in ((AutoModel, StatefulGPTModel), (AutoModelForCausalLM, StatefulGPTForCausalLM)):
+    auto.register(StatefulGPTConfig, model, exist_ok=True)
+    model.register_for_auto_class(auto.__name__)

@@ -1,0 +1,164 @@
+"""Train several presets on the same text, with the same budget and the same data order, and compare them.
+
+    python training/compare.py --presets gpt stateful --output_dir runs/demo
+
+Takes every option of train.py besides its own. Writes one run folder per preset and seed, a line per run in
+`comparison.jsonl`, and the picture `comparison.png`; prints a table and a sample of each model. Ctrl-C saves; the same
+command again goes on from there.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import torch
+from data import DataError
+from evaluate import evaluate
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from train import PRESETS, RunError, TrainingData, parse, prepare_data, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+console = Console()
+
+
+@dataclass
+class CompareArguments:
+    presets: list[str] = field(default_factory=lambda: ["gpt", "stateful"])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    max_eval_blocks: int = field(default=512, metadata={"help": "Blocks of validation text for the final table."})
+    sample_prompt: str = "def "
+    sample_tokens: int = 200
+    output_dir: str = "runs/comparison"
+
+
+def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
+    """Returns the records of all runs, or None if interrupted."""
+    for preset in arguments.presets:
+        if preset not in PRESETS:
+            raise RunError(f"There is no preset {preset!r}; choose from {sorted(PRESETS)}.")
+    folder = Path(arguments.output_dir)
+    records_file = folder / "comparison.jsonl"
+    if folder.exists() and any(folder.iterdir()) and not any(folder.glob("*/run.json")):
+        raise RunError(f"{folder} holds something that is not a comparison; use another --output_dir.")
+    records = [json.loads(line) for line in records_file.read_text().splitlines()] if records_file.exists() else []
+    data: TrainingData | None = None
+    for seed in arguments.seeds:
+        for preset in arguments.presets:
+            if any(record["preset"] == preset and record["seed"] == seed for record in records):
+                continue
+            run = folder / f"{preset}-seed{seed}"
+            options = ["--preset", preset, "--seed", str(seed), "--data_seed", str(seed), "--output_dir", str(run)]
+            model_arguments, data_arguments, training_arguments = parse([*rest, *options])
+            data = data or prepare_data(data_arguments, model_arguments.model_name_or_path)
+            console.rule(f"{preset}, seed {seed}")
+            results = train(model_arguments, data_arguments, training_arguments, data)
+            if results is None:
+                return None
+            results["bits_per_byte"] = final_evaluation(run, data, data_arguments.block_size, arguments.max_eval_blocks)
+            with records_file.open("a") as file:
+                file.write(json.dumps(results) + "\n")
+            records.append(results)
+    return [r for r in records if r["preset"] in arguments.presets and r["seed"] in arguments.seeds]
+
+
+def final_evaluation(run: Path, data: TrainingData, block_size: int, max_blocks: int) -> dict[str, float]:
+    """Bits per byte at one pass, at the trained passes, and stepped exactly."""
+    config = json.loads((run / "config.json").read_text())
+    trained = len(config.get("pass_probabilities") or []) or config.get("num_passes", 1)
+    results = evaluate(str(run), data.validation_documents, sorted({1, trained}), block_size, max_blocks=max_blocks)
+    exact = results["exact"]
+    return {
+        name: results.get(key, exact)["bits_per_byte"]
+        for name, key in (("one_pass", "1"), ("trained_passes", str(trained)), ("exact", "exact"))
+    }
+
+
+def show_table(arguments: CompareArguments, records: list[dict]) -> None:
+    def cell(values: list[float], form: str) -> str:
+        mean = format(sum(values) / len(values), form)
+        return mean if len(values) == 1 else f"{mean} (worst {max(values):{form}})"
+
+    title = "Validation bits per byte (lower is better)"
+    if len(arguments.seeds) > 1:
+        title += f", mean of seeds {', '.join(map(str, arguments.seeds))}"
+    table = Table("model", "parameters", "tokens seen", "seconds", title=title)
+    for column in ("one pass", "trained passes", "stepped exactly"):
+        table.add_column(column)
+    for preset in arguments.presets:
+        runs = [record for record in records if record["preset"] == preset]
+        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+        table.add_row(
+            preset,
+            f"{runs[0]['parameters']:,}",
+            f"{runs[0]['tokens']:,}",
+            f"{sum(seconds) / len(seconds):.0f}" if seconds else "(was interrupted)",
+            *(cell([run["bits_per_byte"][name] for run in runs], ".4f") for name in runs[0]["bits_per_byte"]),
+        )
+    console.print(table)
+
+
+def draw(arguments: CompareArguments, records: list[dict], path: Path) -> None:
+    """Validation bits per byte, stepped exactly, against the tokens seen: a line per preset, its seeds thin behind."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for preset in arguments.presets:
+        runs = [record for record in records if record["preset"] == preset]
+        curves = []
+        for run in runs:
+            scale = 1 / math.log(2) / run["data"]["bytes_per_token"]
+            tokens_per_step = run["tokens"] / max(entry["step"] for entry in run["log"])
+            curves.append([(e["step"] * tokens_per_step, e["eval_loss"] * scale) for e in run["log"] if e["step"] > 0])
+        mean = [(points[0][0], sum(y for _, y in points) / len(points)) for points in zip(*curves, strict=False)]
+        (line,) = axes.plot(*zip(*mean, strict=True), label=preset, linewidth=2)
+        for curve in curves if len(curves) > 1 else []:
+            axes.plot(*zip(*curve, strict=True), color=line.get_color(), linewidth=0.6, alpha=0.6)
+    axes.set(xlabel="training tokens seen", ylabel="validation bits per byte, stepped exactly", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+@torch.no_grad()
+def show_samples(arguments: CompareArguments, folder: Path) -> None:
+    for preset in arguments.presets:
+        run = folder / f"{preset}-seed{arguments.seeds[0]}"
+        model = AutoModelForCausalLM.from_pretrained(run, trust_remote_code=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(run)
+        set_seed(0)
+        ids = model.generate(
+            **tokenizer(arguments.sample_prompt, return_tensors="pt"),
+            max_new_tokens=arguments.sample_tokens,
+            do_sample=True,
+            temperature=0.7,
+        )
+        console.print(Panel(tokenizer.decode(ids[0], skip_special_tokens=True), title=preset), markup=False)
+
+
+def main() -> None:
+    (arguments, rest) = HfArgumentParser(CompareArguments, description=__doc__).parse_args_into_dataclasses(
+        return_remaining_strings=True
+    )
+    records = compare(arguments, rest)
+    if records is None:
+        return
+    folder = Path(arguments.output_dir)
+    show_table(arguments, records)
+    draw(arguments, records, folder / "comparison.png")
+    console.print(f"Loss curves: {folder / 'comparison.png'}")
+    show_samples(arguments, folder)
+    console.print(f"Each run folder in {folder} is a checkpoint that AutoModelForCausalLM.from_pretrained loads.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RunError, DataError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,114 @@
+"""Bits per byte and perplexity of a checkpoint, for 1, 2, … passes and stepped exactly.
+
+    python training/evaluate.py runs/stateful --passes 1 2 3 5 10
+    python training/evaluate.py runs/stateful --text_file book.txt
+
+Whether the passes approach the exact value shows whether the model that is decoded is the model that was trained.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from data import DataError, bytes_per_token, load_corpus, read_text, token_blocks
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from train import RunError, load_model
+from transformers import AutoTokenizer, PreTrainedModel
+
+
+@torch.no_grad()
+def mean_nats(model: PreTrainedModel, blocks: Dataset, num_passes: int | None, batch_size: int = 64) -> float:
+    """The mean loss per predicted token in nats; with `num_passes=None`, of the recurrence stepped exactly. All tokens
+    of a block but its first are predicted."""
+    model.eval()
+    stateful = model.config.model_type == "stateful_gpt"
+    solver = model.config.solver if stateful else None
+    options = {"num_passes": num_passes} if stateful else {}
+    if stateful:
+        model.config.solver = "sequential"
+    total, rows = 0.0, 0
+    try:
+        batches = blocks.with_format("torch").iter(batch_size)
+        what = "stepping" if num_passes is None else f"{num_passes} pass(es)"
+        for batch in tqdm(batches, total=math.ceil(len(blocks) / batch_size), desc=what, leave=False):
+            ids = batch["input_ids"].to(model.device)
+            total += model(input_ids=ids, labels=ids, use_cache=False, **options).loss.item() * len(ids)
+            rows += len(ids)
+    finally:
+        if stateful:
+            model.config.solver = solver
+    return total / rows
+
+
+def evaluate(
+    checkpoint: str,
+    documents: list[str],
+    passes: list[int],
+    block_size: int = 256,
+    batch_size: int = 64,
+    max_blocks: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """`{"1": …, "2": …, "exact": …}`, each with `bits_per_byte` and `perplexity` (per token)."""
+    model = load_model(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and block_size > limit:
+        raise RunError(f"--block_size {block_size} is more than the model's max_position_embeddings ({limit}).")
+    blocks = token_blocks(documents, tokenizer, block_size)
+    if max_blocks is not None:
+        blocks = blocks.select(range(min(max_blocks, len(blocks))))
+    width = bytes_per_token(documents, tokenizer)
+    # A model without feedback has nothing to pass around: one pass is exact.
+    plain = getattr(model.config, "feedback", None) is None
+    results = {}
+    for num_passes in [1] if plain else [*passes, None]:
+        nats = mean_nats(model, blocks, num_passes, batch_size)
+        results["exact" if plain or num_passes is None else str(num_passes)] = {
+            "bits_per_byte": nats / math.log(2) / width,
+            "perplexity": math.exp(nats),
+        }
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--text_file", nargs="+", help="all of it is evaluated; default: the default validation text")
+    parser.add_argument("--passes", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--block_size", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--max_blocks", type=int)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    if min(arguments.passes) < 1:
+        raise RunError("--passes must be at least 1 (1 is the plain language model).")
+    files = arguments.text_file
+    documents = [read_text(Path(name)) for name in files] if files else load_corpus().validation
+    results = evaluate(
+        arguments.checkpoint,
+        documents,
+        arguments.passes,
+        arguments.block_size,
+        arguments.batch_size,
+        arguments.max_blocks,
+    )
+    if arguments.json:
+        print(json.dumps(results))
+        return
+    table = Table("passes", "bits per byte", "perplexity", title=arguments.checkpoint)
+    for name, row in results.items():
+        table.add_row(name, f"{row['bits_per_byte']:.4f}", f"{row['perplexity']:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RunError, DataError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,380 @@
+"""Train a model from scratch, from a checkpoint, or around a pretrained backbone.
+
+    python training/train.py --preset stateful --output_dir runs/stateful
+    accelerate launch --num_processes 2 training/train.py --preset stateful --output_dir runs/stateful
+
+The options are those below and everything transformers' TrainingArguments offers. Ctrl-C saves a checkpoint; the same
+command again goes on from there. The output folder then holds a checkpoint that `from_pretrained` loads.
+"""
+
+import json
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, token_blocks
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from modeling_stateful_gpt import (
+    GateLoopConfig,
+    GateLoopForCausalLM,
+    StatefulGPTConfig,
+    StatefulGPTForCausalLM,
+)
+
+logger = logging.get_logger("training")
+
+PRESETS: dict[str, dict | None] = {
+    # The plain GPT: no feedback, and no wrapper either.
+    "gpt": None,
+    # The control: the same fusion, fed with the previous token's embedding.
+    "token_shift": {"feedback": "gated_add", "feedback_source": "embedding"},
+    "stateful": {"feedback": "gated_add", "num_passes": 3},
+}
+"""Name → fields of `StatefulGPTConfig`. With the same sizes, all presets have the same number of parameters."""
+
+OURS = ("gateloop", "stateful_gpt")
+
+
+@dataclass
+class ModelArguments:
+    preset: str = field(default="stateful", metadata={"help": f"What to train from scratch: {', '.join(PRESETS)}."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this checkpoint instead. A model that is not ours becomes the backbone of a stateful "
+            "one, with the preset's feedback, and starts out computing what it computed before."
+        },
+    )
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    dropout: float = 0.0
+    stateful_config: str = field(
+        default="{}",
+        metadata={"help": 'Further fields of StatefulGPTConfig as JSON, e.g. \'{"feedback": "glu"}\'.'},
+    )
+    decoder_config: str = field(
+        default="{}",
+        metadata={"help": 'Further fields of GateLoopConfig as JSON, e.g. \'{"mlp_type": "swiglu"}\'.'},
+    )
+
+
+@dataclass
+class DataArguments:
+    text_file: list[str] | None = field(default=None, metadata={"help": "UTF-8 text files, each a document."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset of the Hub."})
+    dataset_config_name: str | None = None
+    text_column: str = "text"
+    validation_fraction: float = 0.05
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "A pretrained tokenizer; by default the checkpoint's own, or bytes."}
+    )
+    block_size: int = field(default=256, metadata={"help": "Tokens per training example."})
+    max_eval_samples: int = field(default=64, metadata={"help": "Blocks for evaluation during training."})
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """TrainingArguments with defaults for small models trained from scratch."""
+
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 50
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.99
+    max_grad_norm: float = 1.0
+    max_steps: int = 500
+    per_device_train_batch_size: int = 16
+    per_device_eval_batch_size: int = 64
+    eval_strategy: str = "steps"
+    eval_steps: float = 50
+    logging_steps: float = 10
+    save_steps: float = 100
+    save_total_limit: int | None = 2
+    prediction_loss_only: bool = True
+    report_to: str = "none"
+    dataloader_pin_memory: bool = torch.accelerator.is_available()
+
+
+class RunError(ValueError):
+    """The run cannot be started as asked; the message says what to do."""
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends the run after the current step, with a checkpoint; the second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGINT, self.note)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self.previous)
+
+    def note(self, *_) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.previous)
+        print("\nInterrupted: saving a checkpoint after this step (Ctrl-C again to stop without).", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class SteppingTrainer(Trainer):
+    """Evaluates by stepping: exact, and on large batches on a CPU faster than solving to tolerance."""
+
+    def evaluate(self, *args, **kwargs):
+        config = self.model.config
+        solver = getattr(config, "solver", None)
+        if solver is not None:
+            config.solver = "sequential"
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if solver is not None:
+                config.solver = solver
+
+
+@dataclass
+class TrainingData:
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    validation: Dataset
+    validation_documents: list[str]
+    report: dict
+
+
+def prepare_data(arguments: DataArguments, model_name_or_path: str | None = None) -> TrainingData:
+    name = arguments.tokenizer_name or model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(name) if name else byte_tokenizer()
+    corpus = load_corpus(
+        arguments.text_file,
+        arguments.dataset_name,
+        arguments.dataset_config_name,
+        arguments.text_column,
+        arguments.validation_fraction,
+    )
+    return TrainingData(
+        tokenizer=tokenizer,
+        train=token_blocks(corpus.train, tokenizer, arguments.block_size),
+        validation=token_blocks(corpus.validation, tokenizer, arguments.block_size),
+        validation_documents=corpus.validation,
+        report={**corpus.report, "bytes_per_token": bytes_per_token(corpus.validation, tokenizer)},
+    )
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokenizer, seed: int) -> PreTrainedModel:
+    """The model to train, in the data type it is stored in (fp32 from scratch).
+
+    Raises:
+        RunError: an unknown preset, a checkpoint with missing weights, too small a vocabulary or too few positions.
+    """
+    if arguments.preset not in PRESETS:
+        raise RunError(f"There is no preset {arguments.preset!r}; choose from {sorted(PRESETS)}.")
+    fields = PRESETS[arguments.preset]
+    stateful = json.loads(arguments.stateful_config)
+    if arguments.model_name_or_path:
+        model = load_model(arguments.model_name_or_path)
+        if model.config.model_type not in OURS:
+            model = StatefulGPTForCausalLM.from_backbone(model, **{**(fields or {}), "pass_seed": seed, **stateful})
+    else:
+        decoder = GateLoopConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=arguments.hidden_size,
+            num_hidden_layers=arguments.num_hidden_layers,
+            num_attention_heads=arguments.num_attention_heads,
+            hidden_dropout=arguments.dropout,
+            attention_dropout=arguments.dropout,
+            max_position_embeddings=max(2048, data_arguments.block_size),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for name, value in json.loads(arguments.decoder_config).items():
+            setattr(decoder, name, value)
+        if fields is None:
+            model = GateLoopForCausalLM(decoder)
+        else:
+            model = matched_stateful_model(decoder, {**fields, "pass_seed": seed, **stateful})
+    text_config = model.config.get_text_config()
+    if len(tokenizer) > text_config.vocab_size:
+        raise RunError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {text_config.vocab_size}; use the "
+            f"tokenizer that came with the model (leave out --tokenizer_name)."
+        )
+    if data_arguments.block_size > text_config.max_position_embeddings:
+        raise RunError(
+            f"--block_size {data_arguments.block_size} is more than the model's max_position_embeddings "
+            f"({text_config.max_position_embeddings}); lower it."
+        )
+    return model
+
+
+def load_model(path: str) -> PreTrainedModel:
+    """A checkpoint, all of it.
+
+    Raises:
+        RunError: the weights are missing, truncated, or lack parameters of the model.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=True)
+    except Exception as error:
+        raise RunError(
+            f"The checkpoint {path} cannot be loaded ({type(error).__name__}: {error}). Download or save it again, or "
+            f"go on from an earlier one."
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise RunError(
+            f"The checkpoint {path} lacks weights: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}. "
+            f"Its config.json and its weights do not belong together, or it was not saved completely."
+        )
+    return model
+
+
+def matched_stateful_model(decoder: GateLoopConfig, fields: dict) -> StatefulGPTForCausalLM:
+    """A model with as many parameters as the plain `decoder` has: what the fusion takes, the MLPs give."""
+    config = StatefulGPTConfig(text_config=decoder, **fields)
+    with torch.device("meta"):
+        surplus = count_parameters(StatefulGPTForCausalLM(config)) - count_parameters(GateLoopForCausalLM(decoder))
+    matrices = {"gelu": 2, "swiglu": 3}[decoder.mlp_type]
+    decoder.intermediate_size -= round(surplus / (matrices * decoder.hidden_size * decoder.num_hidden_layers))
+    return StatefulGPTForCausalLM(config)
+
+
+def claim_folder(folder: Path, settings: dict) -> None:
+    """Makes `folder` this run's own, or finds that it already is.
+
+    Raises:
+        RunError: it holds something else, or a run with other settings.
+    """
+    marker = folder / "run.json"
+    if marker.exists():
+        before = json.loads(marker.read_text())
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            differences = ", ".join(f"{n}: {before.get(n)!r} then, {settings[n]!r} now" for n in changed)
+            raise RunError(
+                f"{folder} holds a run with other settings ({differences}). To resume it, use the same settings; to "
+                f"start anew, use another --output_dir."
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} holds something that is not a run of this command; use another --output_dir.")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps(settings, indent=1))
+
+
+def settings_of(
+    model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments: TrainArguments
+) -> dict:
+    """What decides the result of a run. Where it is logged, how often it is saved, how it is spread do not."""
+    decisive = {
+        *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
+        *("max_grad_norm", "max_steps", "num_train_epochs", "seed", "data_seed", "bf16", "fp16"),
+    }
+    training = {name: getattr(training_arguments, name) for name in sorted(decisive)}
+    batch = training_arguments.per_device_train_batch_size * training_arguments.gradient_accumulation_steps
+    training["train_batch_size"] = batch * training_arguments.world_size
+    return json.loads(json.dumps({**asdict(model_arguments), **asdict(data_arguments), **training}, default=str))
+
+
+def train(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training_arguments: TrainArguments,
+    data: TrainingData | None = None,
+) -> dict | None:
+    """Trains, or goes on training. Returns what `results.json` in the output folder says, or None if interrupted."""
+    folder = Path(training_arguments.output_dir)
+    main_process = training_arguments.process_index == 0
+    with training_arguments.main_process_first():
+        # Bad input must leave nothing behind, so everything is checked before the folder is claimed.
+        data = data or prepare_data(data_arguments, model_arguments.model_name_or_path)
+        set_seed(training_arguments.seed)
+        model = build_model(model_arguments, data_arguments, data.tokenizer, training_arguments.seed)
+        if main_process:
+            claim_folder(folder, settings_of(model_arguments, data_arguments, training_arguments))
+    results_file = folder / "results.json"
+    if results_file.exists():
+        print(f"{folder} is finished.")
+        return json.loads(results_file.read_text())
+    if main_process:
+        print(json.dumps(data.report, indent=1))
+        print(f"{type(model).__name__}: {count_parameters(model):,} parameters")
+
+    interrupt = SaveOnInterrupt()
+    eval_blocks = data.validation.select(range(min(data_arguments.max_eval_samples, len(data.validation))))
+    trainer = SteppingTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=data.train,
+        eval_dataset=eval_blocks,
+        processing_class=data.tokenizer,
+        data_collator=DataCollatorForLanguageModeling(data.tokenizer, mlm=False),
+        callbacks=[interrupt],
+    )
+    checkpoint = training_arguments.resume_from_checkpoint or get_last_checkpoint(str(folder))
+    if checkpoint:
+        print(f"Resuming from {checkpoint}.")
+    elif training_arguments.eval_strategy != "no":
+        trainer.evaluate()
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if interrupt.interrupted:
+        print(f"Stopped at step {trainer.state.global_step}. Run the same command again to resume.")
+        return None
+
+    trainer.save_model()
+    tokens_per_step = data_arguments.block_size * training_arguments.train_batch_size
+    tokens_per_step *= training_arguments.gradient_accumulation_steps * training_arguments.world_size
+    results = {
+        "preset": model_arguments.preset,
+        "seed": training_arguments.seed,
+        "parameters": count_parameters(model),
+        "tokens": trainer.state.global_step * tokens_per_step,
+        "seconds": None if checkpoint else round(time.perf_counter() - started, 1),
+        "data": data.report,
+        "log": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+    }
+    if main_process:
+        results_file.write_text(json.dumps(results, indent=1))
+        print(f"Saved to {folder}.")
+    return results
+
+
+def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainArguments]:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), description=__doc__)
+    return parser.parse_args_into_dataclasses(args=arguments)
+
+
+if __name__ == "__main__":
+    try:
+        train(*parse(sys.argv[1:]))
+    except (RunError, DataError) as error:
+        sys.exit(f"error: {error}")
