@@ -22,6 +22,8 @@ class LastHiddenStateLayer(DynamicSlidingWindowLayer):
 
     # The masks of a language model with sliding attention are built from the layers that say True here.
     is_sliding = False
+    # A static cache is static only if all of its layers say so, and its masks depend on it.
+    is_compileable = True
 
     def __init__(self) -> None:
         super().__init__(sliding_window=2)

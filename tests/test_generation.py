@@ -1,0 +1,189 @@
+"""The same tokens, whichever way the same computation is cut up."""
+
+import pytest
+import torch
+from tiny import BACKBONES, FUSIONS, VOCAB, shared, tokens
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer, pipeline, set_seed
+
+every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
+NEW = 10
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampled beams": {"num_beams": 3, "do_sample": True},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "contrastive penalty": {"repetition_penalty": 1.5},
+}
+
+
+def generate(model, ids, **options):
+    set_seed(0)
+    # With a mask given, token 0 counts as padding only where the mask says so.
+    defaults = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False, "max_new_tokens": NEW}
+    return model.generate(ids, **{**defaults, **options})
+
+
+def stepped_greedily(model, ids):
+    """The reference: no cache, no solver, the whole sequence stepped anew for every token."""
+    model.config.solver = "sequential"
+    try:
+        with torch.no_grad():
+            for _ in range(NEW):
+                ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    finally:
+        model.config.solver = "jacobi"
+    return ids
+
+
+@every_backbone
+@every_fusion
+def test_greedy_decoding_is_the_exact_recurrence_and_not_the_plain_model(fusion, backbone):
+    model, ids = shared(backbone, feedback=fusion), tokens(3, 5)
+    expected = stepped_greedily(model, ids)
+    assert torch.equal(generate(model, ids), expected)
+    assert not torch.equal(generate(model, ids, num_passes=1), expected)
+
+
+@every_backbone
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_same_tokens_with_and_without_a_cache_and_in_pieces(mode, backbone):
+    model, ids = shared(backbone, feedback="glu"), tokens(2, 7)
+    at_once = generate(model, ids, **MODES[mode])
+    assert torch.equal(generate(model, ids, **MODES[mode], use_cache=False), at_once)
+    for chunk in (1, 3, 7):
+        assert torch.equal(generate(model, ids, **MODES[mode], prefill_chunk_size=chunk), at_once)
+    model.config.solver = "sequential"
+    try:
+        assert torch.equal(generate(model, ids, **MODES[mode]), at_once)
+    finally:
+        model.config.solver = "jacobi"
+
+
+@every_backbone
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+def test_left_padded_prompts_of_different_lengths_generate_as_each_alone(mode, backbone):
+    model = shared(backbone, feedback="glu")
+    lengths, width = [7, 2, 5], 7
+    ids, mask = tokens(3, width), torch.ones(3, width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, : width - length] = 0
+    together = generate(model, ids, attention_mask=mask, **MODES[mode])
+    in_pieces = generate(model, ids, attention_mask=mask, **MODES[mode], prefill_chunk_size=2)
+    assert torch.equal(in_pieces, together)
+    returns = len(together) // 3
+    for row, length in enumerate(lengths):
+        alone = generate(model, ids[row : row + 1, width - length :], **MODES[mode])
+        for i in range(returns):
+            assert torch.equal(together[row * returns + i, width:], alone[i, length:])
+
+
+@every_backbone
+@pytest.mark.parametrize(
+    "make_cache", [None, lambda config: DynamicCache(), lambda config: DynamicCache(config=config)]
+)
+def test_generation_goes_on_from_a_returned_cache(make_cache, backbone):
+    model, ids = shared(backbone, feedback="glu"), tokens(2, 5)
+    whole = generate(model, ids)
+    cache = make_cache(model.config) if make_cache else None
+    first = generate(model, ids, max_new_tokens=4, return_dict_in_generate=True, past_key_values=cache)
+    second = generate(model, first.sequences, max_new_tokens=NEW - 4, past_key_values=first.past_key_values)
+    assert torch.equal(second, whole)
+
+
+@every_backbone
+def test_a_static_cache_gives_the_same_tokens(backbone):
+    model, ids = shared(backbone, feedback="glu"), tokens(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for kwargs in ({}, {"attention_mask": mask}, {"prefill_chunk_size": 3}):
+        expected = generate(model, ids, **kwargs)
+        assert torch.equal(generate(model, ids, cache_implementation="static", **kwargs), expected)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids))
+
+
+@every_backbone
+@every_fusion
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_prompt_lookup_and_assisted_decoding_are_exact(do_sample, fusion, backbone):
+    model, drafter = shared(backbone, feedback=fusion), shared(backbone, feedback=fusion, solver="sequential")
+    other = shared("llama", feedback="correction")
+    ids = tokens(1, 4).repeat(1, 3)
+    # Sampling from the one best token: accepting drafts goes another way, the text must be the same.
+    options = {"do_sample": True, "top_k": 1} if do_sample else {}
+    expected = generate(model, ids)
+    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3, **options), expected)
+    assert torch.equal(generate(model, ids, assistant_model=drafter, **options), expected)
+    assert torch.equal(generate(model, ids, assistant_model=other, **options), expected)
+
+
+@every_backbone
+def test_a_stateful_model_may_draft_for_a_plain_one(backbone):
+    plain, drafter = shared(backbone, feedback=None), shared(backbone, feedback="glu")
+    ids = tokens(1, 6)
+    assert torch.equal(generate(plain, ids, assistant_model=drafter), generate(plain, ids))
+
+
+def test_cropping_while_the_past_is_recorded_restores_the_state_exactly():
+    model, ids = shared(feedback="glu"), tokens(2, 9)
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        expected = model(ids[:, 4:6], past_key_values=cache).logits
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        cache.activate_past_recording()
+        model(ids[:, [4, 7, 8]], past_key_values=cache)  # one right token, two wrong ones
+        cache.crop(-2)
+        assert cache.get_seq_length() == 5
+        torch.testing.assert_close(model(ids[:, 5:6], past_key_values=cache).logits, expected[:, 1:])
+
+
+def test_beams_reorder_the_state_with_the_keys():
+    """Beam search equals scoring its own result: the returned score is the log-probability of the returned text."""
+    model, ids = shared(feedback="glu"), tokens(2, 5)
+    out = generate(
+        model, ids, num_beams=4, num_return_sequences=4, return_dict_in_generate=True, output_scores=True,
+        length_penalty=0.0,
+    )  # fmt: skip
+    with torch.no_grad():
+        logprobs = model(out.sequences).logits.log_softmax(-1)[:, 4:-1]
+    chosen = logprobs.gather(-1, out.sequences[:, 5:, None])[..., 0].sum(1)
+    torch.testing.assert_close(out.sequences_scores.double(), chosen, atol=1e-4, rtol=1e-4)
+
+
+def test_streaming_yields_the_text_as_it_comes():
+    from data import byte_tokenizer
+
+    from modeling_stateful_gpt import StatefulGPTForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    model = StatefulGPTForCausalLM(shared_byte_config()).eval()
+    inputs = tokenizer("Hello", return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    ids = model.generate(**inputs, streamer=streamer, max_new_tokens=8, do_sample=False)
+    assert "".join(streamer) == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("Hello", max_new_tokens=8, do_sample=False)
+    assert text[0]["generated_text"] == tokenizer.decode(ids[0])
+
+
+def shared_byte_config():
+    from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig
+
+    return StatefulGPTConfig(text_config=GateLoopConfig(hidden_size=32, num_hidden_layers=1, vocab_size=258))
+
+
+def test_what_cannot_be_done_is_refused_with_a_reason():
+    model, ids = shared(), tokens(1, 5)
+    for attempt in (
+        lambda: model.generate_batch([[1, 2, 3]]),
+        lambda: model.init_continuous_batching(),
+        lambda: model.generate(ids, cache_implementation="paged"),
+    ):
+        with pytest.raises(NotImplementedError, match="cannot carry the hidden state"):
+            attempt()
+    with pytest.raises(ValueError, match="prompts are all padding"):
+        generate(model, ids, attention_mask=torch.zeros_like(ids))
+    with pytest.raises(IndexError, match="resize_token_embeddings"):
+        generate(model, torch.tensor([[VOCAB + 1]]))

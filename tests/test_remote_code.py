@@ -1,0 +1,110 @@
+"""What `save_pretrained` writes loads in a process that cannot import this package."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from data import byte_tokenizer
+from tiny import BACKBONES, tokens
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+
+from modeling_stateful_gpt import (
+    GateLoopConfig,
+    GateLoopForCausalLM,
+    GateLoopModel,
+    StatefulGPTConfig,
+    StatefulGPTForCausalLM,
+    StatefulGPTModel,
+)
+
+STRANGER = """
+import sys
+sys.modules["modeling_stateful_gpt"] = None  # any import of the package now fails
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+path = sys.argv[1]
+config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+base = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
+ids = torch.load(path + "/ids.pt")
+with torch.no_grad():
+    logits = model(ids).logits
+    torch.testing.assert_close(model.lm_head(base(ids).last_hidden_state), logits)
+tokenizer = AutoTokenizer.from_pretrained(path)
+generator = pipeline("text-generation", model=path, trust_remote_code=True)
+text = generator("def f", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+again = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+spread = {name: p.std().item() for name, p in again.named_parameters() if p.numel() > 1}
+model.save_pretrained(path + "/resaved")
+torch.save({"logits": logits, "text": text, "spread": spread}, path + "/seen.pt")
+"""
+
+
+def small(name):
+    if name == "gpt":
+        return GateLoopForCausalLM(GateLoopConfig(hidden_size=32, num_hidden_layers=2))
+    backbone = {
+        "stateful": None,
+        "stateful around gpt2": GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, eos_token_id=256),
+        "stateful around llama": LlamaConfig(
+            vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            eos_token_id=256, bos_token_id=256,
+        ),
+    }[name]  # fmt: skip
+    return StatefulGPTForCausalLM(StatefulGPTConfig(text_config=backbone, feedback="glu"))
+
+
+@pytest.mark.parametrize("name", ["gpt", "stateful", "stateful around gpt2", "stateful around llama"])
+def test_a_saved_folder_loads_where_the_package_cannot_be_imported(name, tmp_path):
+    torch.manual_seed(0)
+    model = small(name).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    ids = tokens(2, 9)
+    torch.save(ids, tmp_path / "ids.pt")
+    subprocess.run([sys.executable, "-c", STRANGER, str(tmp_path)], check=True, cwd=tmp_path, timeout=300)
+
+    seen = torch.load(tmp_path / "seen.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(seen["logits"], model(ids).logits, atol=1e-6, rtol=1e-6)
+    expected = model.generate(**tokenizer("def f", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert seen["text"] == tokenizer.decode(expected[0])
+    for parameter, spread in seen["spread"].items():
+        assert spread == pytest.approx(model.get_parameter(parameter).std().item(), rel=0.3, abs=1e-3), parameter
+    resaved = StatefulGPTForCausalLM if name != "gpt" else GateLoopForCausalLM
+    torch.testing.assert_close(resaved.from_pretrained(tmp_path / "resaved")(ids).logits, model(ids).logits)
+
+
+def test_the_saved_configuration_names_every_auto_class(tmp_path):
+    small("stateful").save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    for reference in auto_map.values():
+        assert (tmp_path / (reference.split(".")[0] + ".py")).is_file()
+
+
+@pytest.mark.parametrize(
+    "model,config_class,base_class",
+    [("gpt", GateLoopConfig, GateLoopModel), ("stateful", StatefulGPTConfig, StatefulGPTModel)],
+)
+def test_after_importing_the_package_the_auto_classes_need_no_remote_code(model, config_class, base_class, tmp_path):
+    small(model).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is config_class
+    assert type(AutoModel.from_pretrained(tmp_path)) is base_class
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(small(model))
+    assert AutoTokenizer.from_pretrained(tmp_path)("hé")["input_ids"] == list("hé".encode())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_configuration_survives_saving(backbone, tmp_path):
+    config = StatefulGPTConfig(
+        text_config=BACKBONES[backbone](), feedback="correction", pass_probabilities=[0.5, 0.5], tolerance=1e-3
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+    assert type(loaded.text_config) is type(config.text_config)

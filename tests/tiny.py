@@ -1,0 +1,63 @@
+"""Tiny random models whose feedback matters, over each kind of backbone."""
+
+from functools import cache
+
+import torch
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
+
+VOCAB = 50
+NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+LLAMA_LIKE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    **NO_SPECIAL_TOKENS,
+}
+BACKBONES = {
+    "gateloop": lambda: GateLoopConfig(**LLAMA_LIKE),
+    "gateloop-nope": lambda: GateLoopConfig(**LLAMA_LIKE, position_embedding_type="none", mlp_type="swiglu"),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=False, **NO_SPECIAL_TOKENS
+    ),
+    "llama": lambda: LlamaConfig(**LLAMA_LIKE),
+    "qwen3": lambda: Qwen3Config(**LLAMA_LIKE, head_dim=8),
+}
+FUSIONS = ["gated_add", "glu", "correction"]
+
+
+def text_config(backbone: str) -> PreTrainedConfig:
+    return BACKBONES[backbone]()
+
+
+def stateful(backbone: str = "gateloop", dtype: torch.dtype = torch.float64, **config) -> StatefulGPTForCausalLM:
+    """In eval mode, solved until nothing changes, with weights large enough for every path to matter."""
+    torch.manual_seed(0)
+    config = {"tolerance": 0.0, **config}
+    model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=text_config(backbone), **config)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        embedding = model.get_input_embeddings().weight
+        embedding.add_(0.5 * torch.randn_like(embedding))
+    return model
+
+
+@cache
+def shared(backbone: str = "gateloop", dtype: torch.dtype = torch.float64, **config) -> StatefulGPTForCausalLM:
+    """`stateful`, made once for tests that leave it as it is."""
+    return stateful(backbone, dtype, **config)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {"atol": 1e-10, "rtol": 1e-10} if dtype == torch.float64 else {"atol": 2e-4, "rtol": 2e-4}
