@@ -21,9 +21,9 @@ class StatefulGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-        if attention_mask is not None:
-            # For a static cache transformers makes the mask 4-D here; what is padding can only be told from the 2-D.
-            inputs["attention_mask"] = attention_mask.to(self.device)
+        # For a static cache transformers makes the mask 4-D here, but only the 2-D one tells what is padding. The
+        # language model makes its own.
+        inputs["attention_mask"] = attention_mask.to(self.device) if attention_mask is not None else None
         return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from evaluate import evaluate
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
-from train import PRESETS, RunError, TrainingData, parse, prepare_data, train
+from train import PRESETS, RunError, TrainingData, load_model, parse, prepare_data, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 matplotlib.use("Agg")
@@ -73,7 +73,8 @@ def final_evaluation(run: Path, data: TrainingData, block_size: int, max_blocks:
     """Bits per byte at one pass, at the trained passes, and stepped exactly."""
     config = json.loads((run / "config.json").read_text())
     trained = len(config.get("pass_probabilities") or []) or config.get("num_passes", 1)
-    results = evaluate(str(run), data.validation_documents, sorted({1, trained}), block_size, max_blocks=max_blocks)
+    model, passes = load_model(str(run)), sorted({1, trained})
+    results = evaluate(model, data.tokenizer, data.validation_documents, passes, block_size, max_blocks=max_blocks)
     exact = results["exact"]
     return {
         name: results.get(key, exact)["bits_per_byte"]

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from train import RunError, load_model
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
@@ -47,7 +47,8 @@ def mean_nats(model: PreTrainedModel, blocks: Dataset, num_passes: int | None, b
 
 
 def evaluate(
-    checkpoint: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     documents: list[str],
     passes: list[int],
     block_size: int = 256,
@@ -55,8 +56,6 @@ def evaluate(
     max_blocks: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """`{"1": …, "2": …, "exact": …}`, each with `bits_per_byte` and `perplexity` (per token)."""
-    model = load_model(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and block_size > limit:
         raise RunError(f"--block_size {block_size} is more than the model's max_position_embeddings ({limit}).")
@@ -88,10 +87,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.passes) < 1:
         raise RunError("--passes must be at least 1 (1 is the plain language model).")
+    model = load_model(arguments.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     files = arguments.text_file
     documents = [read_text(Path(name)) for name in files] if files else load_corpus().validation
     results = evaluate(
-        arguments.checkpoint,
+        model,
+        tokenizer,
         documents,
         arguments.passes,
         arguments.block_size,

@@ -11,12 +11,13 @@ import json
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, token_blocks
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -106,6 +107,7 @@ class TrainArguments(TrainingArguments):
     per_device_eval_batch_size: int = 64
     eval_strategy: str = "steps"
     eval_steps: float = 50
+    eval_on_start: bool = True
     logging_steps: float = 10
     save_steps: float = 100
     save_total_limit: int | None = 2
@@ -196,31 +198,19 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
     """
     if arguments.preset not in PRESETS:
         raise RunError(f"There is no preset {arguments.preset!r}; choose from {sorted(PRESETS)}.")
-    fields = PRESETS[arguments.preset]
-    stateful = json.loads(arguments.stateful_config)
-    if arguments.model_name_or_path:
-        model = load_model(arguments.model_name_or_path)
-        if model.config.model_type not in OURS:
-            model = StatefulGPTForCausalLM.from_backbone(model, **{**(fields or {}), "pass_seed": seed, **stateful})
-    else:
-        decoder = GateLoopConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=arguments.hidden_size,
-            num_hidden_layers=arguments.num_hidden_layers,
-            num_attention_heads=arguments.num_attention_heads,
-            hidden_dropout=arguments.dropout,
-            attention_dropout=arguments.dropout,
-            max_position_embeddings=max(2048, data_arguments.block_size),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for name, value in json.loads(arguments.decoder_config).items():
-            setattr(decoder, name, value)
-        if fields is None:
-            model = GateLoopForCausalLM(decoder)
-        else:
-            model = matched_stateful_model(decoder, {**fields, "pass_seed": seed, **stateful})
+    stateful = config_fields("--stateful_config", arguments.stateful_config, StatefulGPTConfig)
+    decoder = config_fields("--decoder_config", arguments.decoder_config, GateLoopConfig)
+    preset = PRESETS[arguments.preset]
+    feedback = {**(preset or {}), "pass_seed": seed, **stateful}
+    model = load_model(arguments.model_name_or_path) if arguments.model_name_or_path else None
+    try:
+        if model is None:
+            config = decoder_config(arguments, data_arguments, tokenizer, decoder)
+            model = GateLoopForCausalLM(config) if preset is None else matched_stateful_model(config, feedback)
+        elif model.config.model_type not in OURS:
+            model = StatefulGPTForCausalLM.from_backbone(model, **feedback)
+    except (StrictDataclassError, ValueError) as error:
+        raise RunError(str(error.__cause__ or error)) from error
     text_config = model.config.get_text_config()
     if len(tokenizer) > text_config.vocab_size:
         raise RunError(
@@ -233,6 +223,36 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
             f"({text_config.max_position_embeddings}); lower it."
         )
     return model
+
+
+def config_fields(option: str, text: str, config_class: type) -> dict:
+    """The fields of a configuration given as JSON."""
+    try:
+        values = dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{option} is not JSON of the form '{{\"field\": value}}': {text}") from error
+    known = {field.name for field in fields(config_class)}
+    if unknown := sorted(set(values) - known):
+        raise RunError(f"{option}: {config_class.__name__} has no field {', '.join(unknown)}.")
+    return values
+
+
+def decoder_config(
+    arguments: ModelArguments, data_arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, more: dict
+) -> GateLoopConfig:
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": arguments.hidden_size,
+        "num_hidden_layers": arguments.num_hidden_layers,
+        "num_attention_heads": arguments.num_attention_heads,
+        "hidden_dropout": arguments.dropout,
+        "attention_dropout": arguments.dropout,
+        "max_position_embeddings": max(2048, data_arguments.block_size),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return GateLoopConfig(**{**sizes, **more})
 
 
 def load_model(path: str) -> PreTrainedModel:
@@ -342,8 +362,6 @@ def train(
     checkpoint = training_arguments.resume_from_checkpoint or get_last_checkpoint(str(folder))
     if checkpoint:
         print(f"Resuming from {checkpoint}.")
-    elif training_arguments.eval_strategy != "no":
-        trainer.evaluate()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.interrupted:

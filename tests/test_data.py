@@ -1,0 +1,126 @@
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+from data import (
+    GRAM,
+    DataError,
+    byte_tokenizer,
+    bytes_per_token,
+    drop_duplicates,
+    gram_hashes,
+    load_corpus,
+    share_in,
+    split_by_document,
+    token_blocks,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+PROSE = [topics[name] for name in sorted(topics)][:40]
+
+
+@given(st.text(alphabet="ab", min_size=0, max_size=120), st.text(alphabet="ab", min_size=0, max_size=120))
+def test_hashes_are_equal_exactly_where_windows_are(first, second):
+    def windows(text):
+        return [text[i : i + GRAM] for i in range(len(text) - GRAM + 1)]
+
+    both = windows(first) + windows(second)
+    hashes = np.concatenate([gram_hashes(first), gram_hashes(second)])
+    assert len(hashes) == len(both)
+    assert len(set(hashes.tolist())) == len(set(both))
+    assert len({*zip(hashes.tolist(), both, strict=True)}) == len(set(both))
+
+
+def test_duplicates_and_near_duplicates_are_dropped_and_the_longest_kept():
+    long = "".join(chr(97 + i * i % 23) + str(i) for i in range(2000))
+    part = long[1000:4000]
+    other = "".join(chr(97 + i * i % 19) + str(7 * i) for i in range(2000))
+    mixed = other[: len(other) // 2] + long[:500]  # each half stands elsewhere
+    kept, dropped = drop_duplicates([part, long, other + "!", long, mixed, "short", "short"])
+    assert set(kept) == {long, other + "!", "short"}
+    assert dropped == {"exact_duplicates": 2, "near_duplicates": 2}
+
+
+def test_the_share_of_known_windows_is_measured():
+    text = "".join(str(i) for i in range(1000))
+    assert share_in([text], [text]) == 1
+    assert share_in([text], ["x" * 500]) == 0
+    assert share_in([text], [text[: len(text) // 2]]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_split_is_by_document_and_stays_as_a_corpus_grows():
+    train, validation = split_by_document(PROSE, 0.25)
+    assert sorted(train + validation) == sorted(PROSE) and train and validation
+    fewer_train, _ = split_by_document(PROSE[::2], 0.25)
+    assert set(fewer_train) <= set(train)
+
+
+def test_the_default_corpus_is_python_itself_without_overlap():
+    corpus = load_corpus()
+    report = corpus.report
+    assert report["source"] == "the text that ships with Python"
+    assert report["train_bytes"] > 5e6 and report["validation_bytes"] > 1e5
+    assert report["near_duplicates"] > 0
+    assert not set(corpus.train) & set(corpus.validation)
+    assert report["validation_32grams_in_train"] == pytest.approx(share_in(corpus.validation, corpus.train), abs=1e-4)
+    assert report["validation_32grams_in_train"] < 0.12
+
+
+@given(st.text(max_size=80))
+def test_the_byte_tokenizer_maps_text_to_its_bytes_and_back(text):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_the_byte_tokenizer_loads_without_custom_code(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (256, 257, 258)
+    assert tokenizer("hé")["input_ids"] == list("hé".encode())
+    assert not list(tmp_path.glob("*.py"))
+
+
+def test_blocks_are_the_documents_one_after_the_other():
+    tokenizer = byte_tokenizer()
+    blocks = token_blocks(["abc", "défg"], tokenizer, 5)["input_ids"]
+    assert blocks == [[97, 98, 99, 256, 100], [195, 169, 102, 103, 256]]
+    assert bytes_per_token(["abc", "défg"], tokenizer) == 8 / 10
+
+
+def test_files_are_documents_and_a_single_file_is_cut_once(tmp_path):
+    for i, text in enumerate(PROSE[:30]):
+        (tmp_path / f"{i}.txt").write_text(text)
+    names = [str(tmp_path / f"{i}.txt") for i in range(30)]
+    corpus = load_corpus(names, validation_fraction=0.3)
+    assert set(corpus.train) | set(corpus.validation) <= set(PROSE[:30])
+    alone = load_corpus(names[:1], validation_fraction=0.3)
+    assert alone.train[0] + alone.validation[0] == PROSE[0]
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (b"", "is empty"),
+        (b" \n ", "is empty"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
+        (b"a\0b", "binary"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_file_that_is_not_text_is_refused_by_name(content, message, tmp_path):
+    path = tmp_path / "book.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=f"book.txt.*{message}"):
+        load_corpus([str(path)])
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(DataError, match="less than one block of 100; lower --block_size"):
+        token_blocks(["abc"], byte_tokenizer(), 100)
+    with pytest.raises(DataError, match="either --text_file or --dataset_name"):
+        load_corpus(["a"], "b")

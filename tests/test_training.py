@@ -1,0 +1,284 @@
+"""The commands, run as a user runs them, on a little text and a tiny model."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from compare import main as compare_main
+from data import byte_tokenizer, token_blocks
+from evaluate import evaluate, mean_nats
+from safetensors.torch import load_file
+from train import PRESETS, RunError, build_model, count_parameters, load_model, parse, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--block_size=32", "--hidden_size=32", "--num_hidden_layers=1", "--max_steps=6", "--eval_steps=3",
+    "--logging_steps=1", "--save_steps=2", "--warmup_steps=1", "--per_device_train_batch_size=8", "--use_cpu=true",
+    "--max_eval_samples=8", "--disable_tqdm=true", "--validation_fraction=0.3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text_files(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    paths = []
+    for name in ("compound", "debugger", "formatstrings", "types"):
+        paths.append(folder / f"{name}.txt")
+        paths[-1].write_text(topics[name])
+    return [str(path) for path in paths]
+
+
+def options(text_files, output_dir, *more):
+    return ["--text_file", *text_files, "--output_dir", str(output_dir), *TINY, *more]
+
+
+def run(script, arguments, launcher=(sys.executable,), **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*launcher, str(ROOT / "training" / script), *arguments],
+        capture_output=True, text=True, timeout=300, env=environment, **kwargs,
+    )  # fmt: skip
+
+
+def losses(folder):
+    (state,) = sorted(Path(folder).glob("checkpoint-6/trainer_state.json"))
+    return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_run_learns_and_leaves_a_checkpoint_that_loads(preset, text_files, tmp_path):
+    results = train(*parse(options(text_files, tmp_path / "run", "--preset", preset)))
+    log = [entry["eval_loss"] for entry in results["log"]]
+    assert log[-1] < log[0] < 5.8
+    assert results["tokens"] == 6 * 8 * 32
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert results["parameters"] == count_parameters(model)
+    out = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=5)
+    assert out.shape[1] == 9
+    # The same command again has nothing to do.
+    assert train(*parse(options(text_files, tmp_path / "run", "--preset", preset))) == results
+
+
+@pytest.mark.parametrize("layers,mlp", [(2, "gelu"), (6, "gelu"), (3, "swiglu")])
+def test_presets_of_the_same_size_have_the_same_number_of_parameters(layers, mlp):
+    counts = {}
+    for preset in PRESETS:
+        arguments = ["--preset", preset, f"--num_hidden_layers={layers}", "--output_dir=x", "--use_cpu=true"]
+        model_arguments, data_arguments, _ = parse([*arguments, "--decoder_config", json.dumps({"mlp_type": mlp})])
+        counts[preset] = count_parameters(build_model(model_arguments, data_arguments, byte_tokenizer(), 0))
+    assert max(counts.values()) / min(counts.values()) < 1.005, counts
+
+
+EVERYTHING_RANDOM = [
+    "--preset=stateful", "--dropout=0.1", "--stateful_config",
+    json.dumps({"pass_probabilities": [0.4, 0.3, 0.3], "feedback_noise": 0.02, "prefix_mixin": 0.3}),
+]  # fmt: skip
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(text_files, tmp_path):
+    arguments = [*EVERYTHING_RANDOM, "--max_steps=60", "--save_steps=1000", "--eval_strategy=no"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run("train.py", options(text_files, whole, *arguments)).returncode == 0
+
+    command = [sys.executable, str(ROOT / "training/train.py"), *options(text_files, halves, *arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    output = ""
+    while output.count("'loss'") < 5:
+        output += process.stdout.readline()
+        assert process.poll() is None, output
+    process.send_signal(signal.SIGINT)
+    output += process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "Run the same command again to resume." in output
+    assert not (halves / "results.json").exists() and list(halves.glob("checkpoint-*"))
+
+    resumed = run("train.py", options(text_files, halves, *arguments))
+    assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
+    expected, got = (load_file(folder / "model.safetensors") for folder in (whole, halves))
+    assert expected.keys() == got.keys()
+    for name in expected:
+        assert torch.equal(expected[name], got[name]), name
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(text_files, tmp_path):
+    arguments = options(text_files, tmp_path / "run", "--max_steps=200", "--save_steps=5", "--eval_strategy=no")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "training/train.py"), *arguments],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    resumed = run("train.py", arguments)
+    assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
+
+
+def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(text_files, tmp_path):
+    mixture = ["--stateful_config", json.dumps({"pass_probabilities": [0.4, 0.3, 0.3]})]
+    one = run("train.py", options(text_files, tmp_path / "one", *mixture))
+    assert one.returncode == 0, one.stderr
+    accumulated = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=2"]
+    launcher = ["accelerate", "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
+    launcher[0] = str(Path(sys.executable).parent / "accelerate")
+    two = run("train.py", options(text_files, tmp_path / "two", *mixture, "--per_device_train_batch_size=4"), launcher)
+    assert two.returncode == 0, two.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    plain = [f"--stateful_config={json.dumps({'num_passes': 2})}"]
+    for name, more in (("whole", []), ("accumulated", accumulated)):
+        train(*parse(options(text_files, tmp_path / name, *plain, *more)))
+    assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_bf16_and_a_pretrained_tokenizer(text_files, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    more = ["--bf16=true", "--tokenizer_name", str(tmp_path / "tokenizer")]
+    results = train(*parse(options(text_files, tmp_path / "run", *more)))
+    assert results["log"][-1]["eval_loss"] < results["log"][0]["eval_loss"]
+
+
+def test_training_goes_on_from_a_checkpoint_and_around_a_backbone(text_files, tmp_path):
+    train(*parse(options(text_files, tmp_path / "first", "--preset=gpt")))
+    again = train(*parse(options(text_files, tmp_path / "again", "--model_name_or_path", str(tmp_path / "first"))))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.model_type == "gateloop"
+    assert again["log"][0]["eval_loss"] < 5.5
+
+    backbone = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    backbone.save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    train(*parse(options(text_files, tmp_path / "around", "--model_name_or_path", str(tmp_path / "gpt2"))))
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "around").config
+    assert (config.model_type, config.text_config.model_type) == ("stateful_gpt", "gpt2")
+
+
+def test_evaluation_is_bits_per_byte_and_passes_approach_the_exact_value(text_files, tmp_path):
+    train(*parse(options(text_files, tmp_path / "run", "--preset=stateful", "--max_steps=30", "--eval_strategy=no")))
+    documents = [topics["compound"][:3000]]
+    model = load_model(str(tmp_path / "run"))
+    results = evaluate(model, byte_tokenizer(), documents, [1, 2, 4, 32], block_size=32)
+    bits = {name: row["bits_per_byte"] for name, row in results.items()}
+    assert abs(bits["32"] - bits["exact"]) < 1e-4 < abs(bits["1"] - bits["exact"])
+
+    ids = torch.tensor(token_blocks(documents, byte_tokenizer(), 32)["input_ids"])
+    logprobs = model(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+    nats = -logprobs.mean().item()
+    bytes_per_token = len(documents[0].encode()) / (len(documents[0].encode()) + 1)
+    assert bits["exact"] == pytest.approx(nats / math.log(2) / bytes_per_token, rel=1e-4)
+    assert results["exact"]["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
+    assert model.config.solver == "jacobi"
+
+    printed = run("evaluate.py", [str(tmp_path / "run"), "--text_file", text_files[0], "--max_blocks=4", "--json"])
+    assert set(json.loads(printed.stdout)) == {"1", "2", "3", "exact"}, printed.stderr
+
+
+def test_a_comparison_tabulates_draws_samples_and_resumes(text_files, tmp_path, monkeypatch, capsys):
+    arguments = ["compare.py", "--presets", "gpt", "stateful", "--seeds", "0", "1", "--sample_tokens=5"]
+    monkeypatch.setattr(sys, "argv", [*arguments, *options(text_files, tmp_path / "all", "--max_eval_blocks=4")])
+    compare_main()
+    records = [json.loads(line) for line in (tmp_path / "all/comparison.jsonl").read_text().splitlines()]
+    assert [(r["seed"], r["preset"]) for r in records] == [(0, "gpt"), (0, "stateful"), (1, "gpt"), (1, "stateful")]
+    assert all(set(r["bits_per_byte"]) == {"one_pass", "trained_passes", "exact"} for r in records)
+    assert (tmp_path / "all/comparison.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "stepped" in printed and "worst" in printed and "def " in printed
+    compare_main()
+    assert len((tmp_path / "all/comparison.jsonl").read_text().splitlines()) == 4
+
+
+# What is refused
+
+
+def refused(text_files, tmp_path, *more, message):
+    output = tmp_path / "refused"
+    with pytest.raises(RunError, match=message):
+        train(*parse(options(text_files, output, *more)))
+    assert not output.exists(), "nothing may be written"
+
+
+def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
+    refused(text_files, tmp_path, "--preset=rnn", message="no preset 'rnn'; choose from")
+    refused(text_files, tmp_path, "--preset=gpt", "--decoder_config", '{"max_position_embeddings": 16}',
+            message="--block_size 32 is more than the model's max_position_embeddings")  # fmt: skip
+    refused(text_files, tmp_path, "--stateful_config", '{"num_passes": 0}', message="num_passes is 0")
+    refused(text_files, tmp_path, "--stateful_config", '{"feedback": "concat"}', message="'concat' does not exist")
+    refused(text_files, tmp_path, "--decoder_config", '{"mlp": "x"}', message="GateLoopConfig has no field mlp")
+    refused(text_files, tmp_path, "--decoder_config", '{"mlp_type": "x"}', message="'x' does not exist")
+    refused(text_files, tmp_path, "--stateful_config", "{feedback}", message="--stateful_config is not JSON")
+
+
+def test_an_output_folder_that_holds_something_else_is_left_alone(text_files, tmp_path):
+    output = tmp_path / "thesis"
+    output.mkdir()
+    (output / "thesis.tex").write_text("precious")
+    with pytest.raises(RunError, match="holds something that is not a run"):
+        train(*parse(options(text_files, output)))
+    assert [path.name for path in output.iterdir()] == ["thesis.tex"]
+
+    train(*parse(options(text_files, tmp_path / "run")))
+    with pytest.raises(RunError, match=r"other settings \(hidden_size: 32 then, 64 now\)"):
+        train(*parse(options(text_files, tmp_path / "run", "--hidden_size=64")))
+
+
+def test_a_damaged_checkpoint_is_refused(text_files, tmp_path):
+    checkpoint = tmp_path / "run"
+    train(*parse(options(text_files, checkpoint)))
+    weights = checkpoint / "model.safetensors"
+    content = weights.read_bytes()
+
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(RunError, match="cannot be loaded"):
+        load_model(str(checkpoint))
+    refused(text_files, tmp_path, "--model_name_or_path", str(checkpoint), message="cannot be loaded")
+
+    weights.unlink()
+    with pytest.raises(RunError, match="cannot be loaded"):
+        load_model(str(checkpoint))
+
+    from safetensors.torch import load, save_file
+
+    tensors = load(content)
+    del tensors["model.feedback.key.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"lacks weights: model.feedback.key.weight"):
+        load_model(str(checkpoint))
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(text_files, tmp_path):
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    small.save_pretrained(tmp_path / "small")
+    byte_tokenizer().save_pretrained(tmp_path / "small")
+    refused(text_files, tmp_path, "--model_name_or_path", str(tmp_path / "small"),
+            message="tokenizer has 258 tokens, the model's vocabulary only 100")  # fmt: skip
+
+
+def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path):
+    for script, arguments, message in (
+        ("train.py", options([str(tmp_path / "none.txt")], tmp_path / "x"), "none.txt does not exist"),
+        ("evaluate.py", [str(tmp_path / "nowhere")], "cannot be loaded"),
+        ("evaluate.py", [str(tmp_path), "--passes", "0"], "--passes must be at least 1"),
+        ("compare.py", options(text_files, tmp_path / "x", "--presets", "rnn"), "no preset 'rnn'"),
+    ):
+        done = run(script, arguments)
+        assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")
+        assert message in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "x").exists()
+
+
+def test_the_loss_does_not_depend_on_how_evaluation_is_batched(text_files, tmp_path):
+    train(*parse(options(text_files, tmp_path / "run")))
+    model = load_model(str(tmp_path / "run"))
+    blocks = token_blocks([topics["types"][:2000]], byte_tokenizer(), 32)
+    nats = [mean_nats(model, blocks, None, batch_size=n) for n in (1, 7, 64)]
+    assert nats == pytest.approx([nats[0]] * 3, rel=1e-5)
