@@ -192,7 +192,7 @@ def test_a_comparison_tabulates_draws_samples_and_resumes(text_files, tmp_path, 
     assert all(set(r["bits_per_byte"]) == {"one_pass", "trained_passes", "exact"} for r in records)
     assert (tmp_path / "all/comparison.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "stepped" in printed and "worst" in printed and "def " in printed
+    assert "trained passes" in printed and "worst seed" in printed and "def " in printed
     compare_main()
     assert len((tmp_path / "all/comparison.jsonl").read_text().splitlines()) == 4
 

@@ -20,7 +20,8 @@ from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPT
 
 def paired_ratio(measured: Callable[[], None], reference: Callable[[], None], pairs: int, what: str) -> dict:
     """How many times as long `measured` takes as `reference`."""
-    measured(), reference()
+    measured()
+    reference()
     ratios, seconds = [], []
     for _ in tqdm(range(pairs), desc=what, leave=False):
         times = []
@@ -58,7 +59,8 @@ def training_steps(feedback: str, passes: int, pairs: int) -> dict:
             optimizer.step()
 
         steps.append(step)
-    result = paired_ratio(*steps, pairs, f"training step, {feedback}, {passes} passes")
+    measured, reference = steps
+    result = paired_ratio(measured, reference, pairs, f"training step, {feedback}, {passes} passes")
     return {**result, "per_pass": round(result["ratio"] / passes, 3)}
 
 
@@ -73,7 +75,8 @@ def decoding(feedback: str, tokens: int, pairs: int) -> dict:
             network.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
         runs.append(run)
-    return paired_ratio(*runs, pairs, f"decoding {tokens} tokens, {feedback}")
+    measured, reference = runs
+    return paired_ratio(measured, reference, pairs, f"decoding {tokens} tokens, {feedback}")
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-console = Console()
+# Wide enough for the table where the output is not a terminal.
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass
@@ -83,27 +84,22 @@ def final_evaluation(run: Path, data: TrainingData, block_size: int, max_blocks:
 
 
 def show_table(arguments: CompareArguments, records: list[dict]) -> None:
-    def cell(values: list[float], form: str) -> str:
-        mean = format(sum(values) / len(values), form)
-        return mean if len(values) == 1 else f"{mean} (worst {max(values):{form}})"
-
-    title = "Validation bits per byte (lower is better)"
+    title = f"Validation bits per byte, mean of seeds {', '.join(map(str, arguments.seeds))} (lower is better)"
+    table = Table("model", "parameters", "tokens", "seconds", "one pass", "trained passes", "exact", title=title)
     if len(arguments.seeds) > 1:
-        title += f", mean of seeds {', '.join(map(str, arguments.seeds))}"
-    table = Table("model", "parameters", "tokens seen", "seconds", title=title)
-    for column in ("one pass", "trained passes", "stepped exactly"):
-        table.add_column(column)
+        table.add_column("exact, worst seed")
     for preset in arguments.presets:
         runs = [record for record in records if record["preset"] == preset]
+        bits = {name: [run["bits_per_byte"][name] for run in runs] for name in runs[0]["bits_per_byte"]}
         seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
-        table.add_row(
-            preset,
-            f"{runs[0]['parameters']:,}",
-            f"{runs[0]['tokens']:,}",
-            f"{sum(seconds) / len(seconds):.0f}" if seconds else "(was interrupted)",
-            *(cell([run["bits_per_byte"][name] for run in runs], ".4f") for name in runs[0]["bits_per_byte"]),
-        )
+        row = [f"{runs[0]['parameters']:,}", f"{runs[0]['tokens']:,}"]
+        row.append(f"{sum(seconds) / len(seconds):.0f}" if seconds else "interrupted")
+        row += [f"{sum(values) / len(values):.4f}" for values in bits.values()]
+        if len(arguments.seeds) > 1:
+            row.append(f"{max(bits['exact']):.4f}")
+        table.add_row(preset, *row)
     console.print(table)
+    console.print("Exact: stepped token by token, as in decoding.")
 
 
 def draw(arguments: CompareArguments, records: list[dict], path: Path) -> None:
@@ -120,8 +116,8 @@ def draw(arguments: CompareArguments, records: list[dict], path: Path) -> None:
         (line,) = axes.plot(*zip(*mean, strict=True), label=preset, linewidth=2)
         for curve in curves if len(curves) > 1 else []:
             axes.plot(*zip(*curve, strict=True), color=line.get_color(), linewidth=0.6, alpha=0.6)
-    axes.set(xlabel="training tokens seen", ylabel="validation bits per byte, stepped exactly", yscale="log")
-    axes.grid(alpha=0.3, which="both")
+    axes.set(xlabel="training tokens seen", ylabel="validation bits per byte, stepped exactly")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
