@@ -5,7 +5,8 @@ it solved, and `StatefulGPTForCausalLM` puts the head on it.
 """
 
 import random
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,6 @@ class LanguageModelRecurrence:
         self.previous = nn.functional.pad(self.in_force[:, :-1], (1, 0))
         self.has_previous = torch.cat([exists, self.in_force_exists[:, :-1]], dim=1) & ~self.starts
         self.running: Cache | None = None
-        self.pass_context: AbstractContextManager = nullcontext()
 
     def initial_state(self) -> State:
         if self.before is not None:
@@ -137,15 +137,14 @@ class LanguageModelRecurrence:
     def run(
         self, inputs: torch.Tensor, cache: Cache | None, positions: slice, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        with self.pass_context:
-            self.output = self.model.language_model(
-                inputs_embeds=inputs,
-                attention_mask=attention_mask,
-                position_ids=self.position_ids[:, positions],
-                past_key_values=cache,
-                use_cache=cache is not None,
-                **self.kwargs,
-            )
+        self.output = self.model.language_model(
+            inputs_embeds=inputs,
+            attention_mask=attention_mask,
+            position_ids=self.position_ids[:, positions],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **self.kwargs,
+        )
         return self.output.last_hidden_state
 
     def mask_at(self, position: int) -> torch.Tensor | None:
@@ -181,8 +180,7 @@ class TrainingRecurrence(LanguageModelRecurrence):
             lengths = torch.rand(batch, 1, device=device) * (self.length + 1)
             lengths = lengths * (torch.rand(batch, 1, device=device) < config.prefix_mixin)
             self.has_previous &= torch.arange(self.length, device=device) >= lengths.long()
-        if config.share_dropout_masks:
-            self.pass_context = _Reseeded(device)
+        self.seed = int(torch.randint(2**62, ()))
 
     def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
         config = self.model.config
@@ -193,23 +191,18 @@ class TrainingRecurrence(LanguageModelRecurrence):
                 states = states + config.feedback_noise * torch.randn_like(states)
         return super().sweep(states)
 
+    def run(self, *args, **kwargs) -> torch.Tensor:
+        with reseeded(self.seed, self.embeds.device) if self.model.config.share_dropout_masks else nullcontext():
+            return super().run(*args, **kwargs)
 
-class _Reseeded:
-    """A context that can be entered again and again, and starts from the same random numbers each time."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seed = int(torch.randint(2**62, ()))
-
-    def __enter__(self) -> None:
-        devices = [] if self.device.type == "cpu" else [self.device]
-        kind = "cuda" if self.device.type == "cpu" else self.device.type
-        self.fork = torch.random.fork_rng(devices=devices, device_type=kind)
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error) -> None:
-        self.fork.__exit__(*error)
+@contextmanager
+def reseeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that start from `seed` inside, and go on outside as if nothing had been drawn."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 class StatefulGPTPreTrainedModel(PreTrainedModel):
@@ -254,6 +247,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         else:
             self.language_model = AutoModel.from_config(config.text_config)
         self.feedback = FUSIONS[config.feedback](config.hidden_size) if config.feedback is not None else None
+        self.gradient_checkpointing = False
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
         self.post_init()
 

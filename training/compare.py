@@ -15,12 +15,11 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from data import DataError
 from evaluate import evaluate
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
-from train import PRESETS, RunError, TrainingData, load_model, parse, prepare_data, train
+from train import PRESETS, RunError, TrainingData, load_model, parse, prepare_data, run_command, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 matplotlib.use("Agg")
@@ -155,7 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, DataError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -9,16 +9,15 @@ Whether the passes approach the exact value shows whether the model that is deco
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
-from data import DataError, bytes_per_token, load_corpus, read_text, token_blocks
+from data import bytes_per_token, load_corpus, read_text, token_blocks
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from train import RunError, load_model
+from train import RunError, load_model, run_command
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -110,7 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, DataError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

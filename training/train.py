@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -391,8 +392,15 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainArg
     return parser.parse_args_into_dataclasses(args=arguments)
 
 
-if __name__ == "__main__":
+def run_command(command: Callable[[], object]) -> None:
+    """Runs a script's main function; what a user can mend is said in one line."""
     try:
-        train(*parse(sys.argv[1:]))
+        command()
     except (RunError, DataError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Run the same command again to go on from the last checkpoint.")
+
+
+if __name__ == "__main__":
+    run_command(lambda: train(*parse(sys.argv[1:])))
