@@ -14,6 +14,7 @@ from data import (
     split_by_document,
     token_blocks,
 )
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -99,6 +100,20 @@ def test_files_are_documents_and_a_single_file_is_cut_once(tmp_path):
     assert set(corpus.train) | set(corpus.validation) <= set(PROSE[:30])
     alone = load_corpus(names[:1], validation_fraction=0.3)
     assert alone.train[0] + alone.validation[0] == PROSE[0]
+
+
+@pytest.mark.parametrize("with_validation", [False, True])
+def test_a_dataset_is_read_with_its_own_validation_split_if_it_has_one(with_validation, tmp_path):
+    Dataset.from_dict({"body": PROSE[:20]}).to_parquet(tmp_path / "train.parquet")
+    if with_validation:
+        Dataset.from_dict({"body": PROSE[20:25]}).to_parquet(tmp_path / "validation.parquet")
+    corpus = load_corpus(dataset_name=str(tmp_path), text_column="body", validation_fraction=0.3)
+    if with_validation:
+        assert corpus.validation == PROSE[20:25] and set(corpus.train) <= set(PROSE[:20])
+    else:
+        assert set(corpus.train) | set(corpus.validation) <= set(PROSE[:20]) and corpus.validation
+    with pytest.raises(DataError, match=r"has the columns \['body'\]; choose --text_column"):
+        load_corpus(dataset_name=str(tmp_path))
 
 
 @pytest.mark.parametrize(

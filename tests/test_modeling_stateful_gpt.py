@@ -104,33 +104,35 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(fusion, backbone, dtype, piece
         torch.testing.assert_close(torch.cat(parts, 1)[row, where], whole[row, where], **tolerance(dtype))
 
 
+@every_dtype
 @every_backbone
 @every_fusion
 @given(st.integers(2, 12), st.data())
-def test_no_evaluation_leaks_the_future(fusion, backbone, length, data):
-    model = shared(backbone, feedback=fusion)
+def test_no_evaluation_leaks_the_future(fusion, backbone, dtype, length, data):
+    model = shared(backbone, dtype, feedback=fusion)
     changed = data.draw(st.integers(1, length - 1))
     ids = tokens(1, length)
     other = ids.clone()
     other[0, changed] = (other[0, changed] + 1) % VOCAB
     for kwargs in ({}, {"num_passes": 1}, {"num_passes": 2}, {"num_passes": 4}):
         a, b = states(model, ids, **kwargs), states(model, other, **kwargs)
-        torch.testing.assert_close(a[:, :changed], b[:, :changed], atol=1e-12, rtol=0)
+        torch.testing.assert_close(a[:, :changed], b[:, :changed], **tolerance(dtype))
         assert not torch.allclose(a[:, changed], b[:, changed])
     a, b = stepped(model, ids), stepped(model, other)
-    torch.testing.assert_close(a[:, :changed], b[:, :changed], atol=1e-12, rtol=0)
+    torch.testing.assert_close(a[:, :changed], b[:, :changed], **tolerance(dtype))
 
 
+@every_dtype
 @every_backbone
 @every_fusion
-def test_packed_sequences_do_not_see_their_neighbours_state(fusion, backbone):
-    model = shared(backbone, feedback=fusion)
+def test_packed_sequences_do_not_see_their_neighbours_state(fusion, backbone, dtype):
+    model = shared(backbone, dtype, feedback=fusion)
     ids, cuts = tokens(1, 12), (0, 5, 6, 12)
     positions = torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)])[None]
     for evaluate in (states, stepped):
         packed = evaluate(model, ids, position_ids=positions, use_cache=False)
         for a, b in pairwise(cuts):
-            torch.testing.assert_close(packed[:, a:b], stepped(model, ids[:, a:b]), **tolerance(torch.float64))
+            torch.testing.assert_close(packed[:, a:b], stepped(model, ids[:, a:b]), **tolerance(dtype))
 
 
 @every_dtype

@@ -8,7 +8,7 @@ import pytest
 import torch
 from data import byte_tokenizer
 from tiny import BACKBONES, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, pipeline
 
 from modeling_stateful_gpt import (
     GateLoopConfig,
@@ -97,6 +97,8 @@ def test_after_importing_the_package_the_auto_classes_need_no_remote_code(model,
     assert type(AutoModel.from_pretrained(tmp_path)) is base_class
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(small(model))
     assert AutoTokenizer.from_pretrained(tmp_path)("hé")["input_ids"] == list("hé".encode())
+    text = pipeline("text-generation", model=str(tmp_path))("def f", max_new_tokens=4)[0]["generated_text"]
+    assert text.startswith("def f")
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
