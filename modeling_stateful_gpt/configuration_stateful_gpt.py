@@ -75,7 +75,7 @@ class StatefulGPTConfig(PreTrainedConfig):
         for name in ("num_passes", "prefill_passes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1 (1 is the plain language model).")
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
         probabilities = self.pass_probabilities
         if probabilities is not None and (min(probabilities, default=-1) < 0 or abs(sum(probabilities) - 1) > 1e-6):
             raise ValueError(

@@ -10,8 +10,18 @@ from .cache import last_hidden_state_layer
 class StatefulGenerationMixin(GenerationMixin):
     """The state is a layer of the cache that `generate()` builds; all decoding methods then carry it along."""
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and max_cache_length > limit:
+            raise ValueError(
+                f"Prompt and new tokens together may become {max_cache_length + 1} tokens; the model's "
+                f"max_position_embeddings is {limit}. Shorten the prompt or lower max_new_tokens."
+            )
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         cache: Cache | None = model_kwargs.get("past_key_values")
         if cache is not None and self.config.feedback is not None:
             # The layer must exist before assisted decoding turns past recording on, which it does for drafts above.
@@ -19,8 +29,11 @@ class StatefulGenerationMixin(GenerationMixin):
             if generation_config.is_assistant:
                 layer.activate_past_recording()
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+    # transformers reads the signature to learn whether inputs_embeds can be passed on.
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
         # For a static cache transformers makes the mask 4-D here, but only the 2-D one tells what is padding. The
         # language model makes its own.
         inputs["attention_mask"] = attention_mask.to(self.device) if attention_mask is not None else None

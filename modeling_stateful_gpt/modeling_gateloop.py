@@ -5,6 +5,7 @@ A new layer type is one class with the interface of `Attention` and one entry in
 """
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gateloop import GateLoopConfig
+
+T = TypeVar("T")
 
 
 class ResidualProjection(nn.Linear):
@@ -128,7 +131,7 @@ class SwiGLUMLP(nn.Module):
 MLPS = {"gelu": GELUMLP, "swiglu": SwiGLUMLP}
 
 
-def look_up(table: Mapping[str, type], name: str, field: str) -> type:
+def look_up(table: Mapping[str, T], name: str, field: str) -> T:
     if name not in table:
         raise ValueError(f"{field} {name!r} does not exist; choose from {sorted(table)}.")
     return table[name]
@@ -192,19 +195,22 @@ def check_inputs(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
 ) -> None:
-    """Refuses a sequence longer than the model's positions and a batch that is all padding.
+    """Refuses an empty sequence, one longer than the model's positions, and a batch that is all padding.
 
     With a cache, a piece of a prompt may rightly be all padding.
     """
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    if length == 0:
+        raise ValueError("The input has no tokens; give each text at least one (e.g. the tokenizer's bos token).")
+    if torch.compiler.is_compiling():
+        return
+    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
     limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(past, int) and limit is not None and past + length > limit:
+    if limit is not None and past + length > limit:
         raise ValueError(
             f"The sequence has {past + length} tokens; the model's max_position_embeddings is {limit}. Shorten the "
             f"input, or, where the model has no learned positions, raise config.max_position_embeddings."
         )
-    checked = past_key_values is None and attention_mask is not None and not torch.compiler.is_compiling()
-    if checked and not attention_mask.any():
+    if past_key_values is None and attention_mask is not None and not attention_mask.any():
         raise ValueError(
             "attention_mask is zero everywhere: the batch is all padding. Leave out empty texts, or give each at "
             "least one token (e.g. the tokenizer's bos token)."

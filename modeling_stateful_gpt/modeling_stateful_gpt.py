@@ -4,6 +4,7 @@
 it solved, and `StatefulGPTForCausalLM` puts the head on it.
 """
 
+import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
@@ -23,7 +25,7 @@ from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import StatefulGPTConfig
 from .feedback import FUSIONS, FusionLinear
 from .generation_stateful_gpt import StatefulGenerationMixin
-from .modeling_gateloop import GateLoopModel, check_inputs, default_position_ids, embed_tokens
+from .modeling_gateloop import GateLoopModel, check_inputs, default_position_ids, embed_tokens, look_up
 from .solvers import SOLVERS, Solution, State, jacobi, sequential
 
 RECORDED = ("output_hidden_states", "output_attentions")
@@ -72,13 +74,15 @@ class LanguageModelRecurrence:
         self.may_be_packed = position_ids is not None and attention_mask is None and cache is None
         if position_ids is None:
             position_ids = default_position_ids(self.length, attention_mask, cache, embeds.device)
-        self.position_ids = position_ids
+        self.position_ids = position_ids.expand(batch, -1)
 
         if attention_mask is not None and attention_mask.ndim == 2:
             self.real = attention_mask[:, -self.length :].bool()
         else:
             self.real = torch.ones(batch, self.length, dtype=torch.bool, device=embeds.device)
         self.starts = self.real & (self.position_ids == 0)
+        if self.may_be_packed:
+            self.starts |= nn.functional.pad(self.position_ids.diff(dim=1) != 1, (1, 0))
 
         self.before = last_hidden_state_layer(cache, model.config.text_config).read() if cache is not None else None
         exists = self.initial_state()[1][:, None]
@@ -150,10 +154,11 @@ class LanguageModelRecurrence:
     def mask_at(self, position: int) -> torch.Tensor | None:
         """The attention mask of one position, which sees the ones before it and itself."""
         if self.attention_mask is not None:
-            seen = self.past + position + 1
-            if self.attention_mask.ndim == 4:
-                return self.attention_mask[:, :, position : position + 1, :seen]
-            return self.attention_mask[:, :seen]
+            if self.attention_mask.ndim == 2:
+                return self.attention_mask[:, : self.past + position + 1]
+            if self.length == 1:
+                return self.attention_mask
+            raise ValueError("Stepping over a sequence needs a 2-D attention_mask; use solver='jacobi' with a 4-D one.")
         if self.may_be_packed:
             sequence = self.starts.cumsum(1)[:, : position + 1]
             return (sequence == sequence[:, -1:]).long()
@@ -185,7 +190,7 @@ class TrainingRecurrence(LanguageModelRecurrence):
     def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
         config = self.model.config
         if states is not None:
-            if config.detach_between_passes:
+            if config.detach_between_passes and config.feedback_source == "hidden_state":
                 states = states.detach()
             if config.feedback_noise > 0:
                 states = states + config.feedback_noise * torch.randn_like(states)
@@ -201,7 +206,9 @@ def reseeded(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers that start from `seed` inside, and go on outside as if nothing had been drawn."""
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
         yield
 
 
@@ -246,6 +253,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             self.language_model: PreTrainedModel = GateLoopModel(config.text_config)
         else:
             self.language_model = AutoModel.from_config(config.text_config)
+        if config.feedback is not None:
+            refuse_unsupported(self.language_model)
         self.feedback = FUSIONS[config.feedback](config.hidden_size) if config.feedback is not None else None
         self.gradient_checkpointing = False
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
@@ -262,6 +271,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_passes: int | None = None,
+        solver: str | None = None,
         **kwargs,
     ) -> StatefulGPTOutputWithPast:
         """
@@ -269,10 +279,12 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             input_ids: `[B, T]`, or `inputs_embeds` `[B, T, D]`: token embeddings, into which the state is then fused.
             attention_mask: `[B, past + T]`, 0 on padding.
             position_ids: `[B, T]`; by default the tokens counted without padding. Position 0 starts a sequence: it
-                reads no previous state.
-            past_key_values: a `Cache`; the state is its last layer.
+                reads no previous state. Packed sequences need `use_cache=False` and no mask, as in transformers.
+            past_key_values: a `Cache`; the state is its last layer. With one, a model in training mode evaluates the
+                recurrence as in eval mode: that is how `generate()` calls it.
             num_passes: overrides the config in training and replaces the solver in evaluation: 1 is the plain
                 language model, k is k passes.
+            solver: overrides the config's.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -282,6 +294,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             inputs_embeds = embed_tokens(self.get_input_embeddings(), input_ids)
         for name in RECORDED:
             kwargs[name] = kwargs.get(name) or getattr(self.config, name, False)
+        text_config = self.config.text_config
+        check_inputs(text_config, inputs_embeds.shape[1], attention_mask, past_key_values)
         if self.feedback is None:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
@@ -298,41 +312,45 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 attentions=outputs.attentions,
             )
 
-        text_config = self.config.text_config
-        check_inputs(text_config, inputs_embeds.shape[1], attention_mask, past_key_values)
+        training = self.training and past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=text_config)
-        kind = TrainingRecurrence if self.training else LanguageModelRecurrence
+        kind = TrainingRecurrence if training else LanguageModelRecurrence
         recurrence = kind(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
-        solution = self.solve(recurrence, num_passes)
+        if training:
+            solution = self.train_passes(recurrence, num_passes or self.draw_num_passes())
+        else:
+            solution = self.solve(recurrence, num_passes, solver or self.config.solver)
         recurrence.commit(inputs_embeds if self.config.feedback_source == "embedding" else solution.hidden_states)
         return StatefulGPTOutputWithPast(
             last_hidden_state=solution.hidden_states,
             past_key_values=past_key_values,
             hidden_states=recurrence.output.get("hidden_states"),
             attentions=recurrence.output.get("attentions"),
-            pass_hidden_states=solution.pass_hidden_states if self.training else None,
-            passes=solution.passes,
+            pass_hidden_states=solution.pass_hidden_states if training else None,
+            passes=None if training else solution.passes,
             residual=solution.residual,
         )
 
-    def solve(self, recurrence: LanguageModelRecurrence, num_passes: int | None) -> Solution:
-        config = self.config
-        if self.training and num_passes is None:
-            num_passes = self.draw_num_passes()
+    def train_passes(self, recurrence: LanguageModelRecurrence, num_passes: int) -> Solution:
         if num_passes == 1:
             return one_pass(recurrence.plain())
-        if config.feedback_source == "embedding":
+        if self.config.feedback_source == "embedding":
+            return one_pass(recurrence.sweep(recurrence.embeds))
+        return jacobi(recurrence, num_passes)
+
+    def solve(self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str) -> Solution:
+        if num_passes == 1:
+            return one_pass(recurrence.plain())
+        if self.config.feedback_source == "embedding" and solver != "sequential":
             # The previous tokens' embeddings are known, so one pass is exact.
             return one_pass(recurrence.sweep(recurrence.embeds))
-        if self.training:
-            return jacobi(recurrence, num_passes)
         if recurrence.length == 1:
             return sequential(recurrence)
         if num_passes is not None:
             return jacobi(recurrence, num_passes)
-        solution = SOLVERS[config.solver](recurrence, config.prefill_passes, config.tolerance)
-        if config.solver == "sequential" and any(recurrence.kwargs[name] for name in RECORDED):
+        solution = look_up(SOLVERS, solver, "solver")(recurrence, self.config.prefill_passes, self.config.tolerance)
+        if solver == "sequential" and any(recurrence.kwargs[name] for name in RECORDED):
             # The states being known, one pass over all positions records what single steps recorded one by one.
             recurrence.sweep(solution.hidden_states)
         return solution
@@ -346,6 +364,24 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         generator = random.Random(f"{self.config.pass_seed} {int(self.batches_seen)}")
         self.batches_seen += 1
         return generator.choices(range(1, len(probabilities) + 1), weights=probabilities)[0]
+
+
+def refuse_unsupported(language_model: PreTrainedModel) -> None:
+    """Raises a ValueError for a language model around which the recurrence could not be evaluated correctly."""
+    config, name = language_model.config, type(language_model).__name__
+    accepted = set(inspect.signature(language_model.forward).parameters)
+    if not {"past_key_values", "inputs_embeds", "attention_mask", "position_ids"} <= accepted:
+        raise ValueError(f"{name} cannot take feedback: its forward needs inputs_embeds, position_ids and a Cache.")
+    if getattr(config, "is_decoder", None) is False:
+        raise ValueError(f"{name} is not causal (config.is_decoder is False); feedback needs a decoder.")
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
+        raise ValueError(
+            f"{name} has recurrent or convolution layers, whose own state would take in padding when it is stepped "
+            f"through a sequence; feedback around them is not supported."
+        )
+    width = language_model.get_input_embeddings().weight.shape[-1]
+    if width != config.hidden_size:
+        raise ValueError(f"{name} embeds tokens {width} wide; feedback needs its hidden_size, {config.hidden_size}.")
 
 
 def one_pass(hidden_states: torch.Tensor) -> Solution:
@@ -381,7 +417,10 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
             backbone = AutoModelForCausalLM.from_pretrained(backbone)
         head = backbone.get_output_embeddings()
         with torch.device("meta"):
-            model = cls(StatefulGPTConfig(text_config=backbone.config, feedback=feedback, **config))
+            # Unless it is told otherwise, a composite configuration resets how its parts attend.
+            attention = backbone.config._attn_implementation
+            fields = {"text_config": backbone.config, "attn_implementation": attention, "feedback": feedback, **config}
+            model = cls(StatefulGPTConfig(**fields))
         model.lm_head = head
         model.model.language_model = backbone.base_model
         model.model.batches_seen = torch.zeros((), dtype=torch.int64, device=backbone.device)
@@ -415,6 +454,7 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_passes: int | None = None,
+        solver: str | None = None,
         **kwargs,
     ) -> StatefulGPTCausalLMOutputWithPast:
         """`labels` `[B, T]` are the `input_ids` themselves (they are shifted here), −100 where there is no loss. The
@@ -427,10 +467,12 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_passes=num_passes,
+            solver=solver,
             **kwargs,
         )
+        every_pass = outputs.pass_hidden_states if labels is not None else None
         losses = []
-        for hidden_states in outputs.pass_hidden_states or (outputs.last_hidden_state,):
+        for hidden_states in every_pass or (outputs.last_hidden_state,):
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
             if labels is not None:
                 losses.append(self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs))
@@ -440,7 +482,7 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            pass_losses=torch.stack(losses).detach() if losses and self.training else None,
+            pass_losses=torch.stack(losses).detach() if every_pass else None,
             passes=outputs.passes,
             residual=outputs.residual,
         )

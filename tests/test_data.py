@@ -10,6 +10,7 @@ from data import (
     drop_duplicates,
     gram_hashes,
     load_corpus,
+    sample_blocks,
     share_in,
     split_by_document,
     token_blocks,
@@ -40,8 +41,10 @@ def test_duplicates_and_near_duplicates_are_dropped_and_the_longest_kept():
     other = "".join(chr(97 + i * i % 19) + str(7 * i) for i in range(2000))
     mixed = other[: len(other) // 2] + long[:500]  # each half stands elsewhere
     kept, dropped = drop_duplicates([part, long, other + "!", long, mixed, "short", "short"])
-    assert set(kept) == {long, other + "!", "short"}
+    assert kept == [long, other + "!", "short"], "in the order given"
     assert dropped == {"exact_duplicates": 2, "near_duplicates": 2}
+    assert drop_duplicates([part, long, other], always=1)[0] == [part, long, other], "little of long stands in part"
+    assert drop_duplicates([long, part, other], always=1)[0] == [long, other]
 
 
 def test_the_share_of_known_windows_is_measured():
@@ -54,6 +57,7 @@ def test_the_share_of_known_windows_is_measured():
 def test_the_split_is_by_document_and_stays_as_a_corpus_grows():
     train, validation = split_by_document(PROSE, 0.25)
     assert sorted(train + validation) == sorted(PROSE) and train and validation
+    assert split_by_document(PROSE[:2], 0.0001)[1], "at least one document is for validation"
     fewer_train, _ = split_by_document(PROSE[::2], 0.25)
     assert set(fewer_train) <= set(train)
 
@@ -104,14 +108,15 @@ def test_files_are_documents_and_a_single_file_is_cut_once(tmp_path):
 
 @pytest.mark.parametrize("with_validation", [False, True])
 def test_a_dataset_is_read_with_its_own_validation_split_if_it_has_one(with_validation, tmp_path):
-    Dataset.from_dict({"body": PROSE[:20]}).to_parquet(tmp_path / "train.parquet")
+    Dataset.from_dict({"body": [*PROSE[:20], PROSE[20], None, ""]}).to_parquet(tmp_path / "train.parquet")
     if with_validation:
         Dataset.from_dict({"body": PROSE[20:25]}).to_parquet(tmp_path / "validation.parquet")
     corpus = load_corpus(dataset_name=str(tmp_path), text_column="body", validation_fraction=0.3)
     if with_validation:
         assert corpus.validation == PROSE[20:25] and set(corpus.train) <= set(PROSE[:20])
+        assert corpus.report["exact_duplicates"] == 1
     else:
-        assert set(corpus.train) | set(corpus.validation) <= set(PROSE[:20]) and corpus.validation
+        assert set(corpus.train) | set(corpus.validation) <= set(PROSE[:21]) and corpus.validation
     with pytest.raises(DataError, match=r"has the columns \['body'\]; choose --text_column"):
         load_corpus(dataset_name=str(tmp_path))
 
@@ -132,6 +137,15 @@ def test_a_file_that_is_not_text_is_refused_by_name(content, message, tmp_path):
         path.write_bytes(content)
     with pytest.raises(DataError, match=f"book.txt.*{message}"):
         load_corpus([str(path)])
+
+
+def test_a_sample_of_blocks_is_from_all_over_the_text():
+    blocks = token_blocks(PROSE, byte_tokenizer(), 64)
+    sample = sample_blocks(blocks, 64)
+    assert len(sample) == 64 and sample["input_ids"] == sample_blocks(blocks, 64)["input_ids"]
+    places = [blocks["input_ids"].index(block) / len(blocks) for block in sample["input_ids"]]
+    assert min(places) < 0.1 and max(places) > 0.9
+    assert len(sample_blocks(blocks, None)) == len(sample_blocks(blocks, 10**9)) == len(blocks)
 
 
 def test_too_little_text_is_refused():

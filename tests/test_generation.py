@@ -27,13 +27,10 @@ def generate(model, ids, **options):
 
 def stepped_greedily(model, ids):
     """The reference: no cache, no solver, the whole sequence stepped anew for every token."""
-    model.config.solver = "sequential"
-    try:
-        with torch.no_grad():
-            for _ in range(NEW):
-                ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    finally:
-        model.config.solver = "jacobi"
+    with torch.no_grad():
+        for _ in range(NEW):
+            logits = model(ids, use_cache=False, solver="sequential").logits
+            ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     return ids
 
 
@@ -54,11 +51,9 @@ def test_every_mode_gives_the_same_tokens_with_and_without_a_cache_and_in_pieces
     assert torch.equal(generate(model, ids, **MODES[mode], use_cache=False), at_once)
     for chunk in (1, 3, 7):
         assert torch.equal(generate(model, ids, **MODES[mode], prefill_chunk_size=chunk), at_once)
-    model.config.solver = "sequential"
-    try:
-        assert torch.equal(generate(model, ids, **MODES[mode]), at_once)
-    finally:
-        model.config.solver = "jacobi"
+    assert torch.equal(generate(model, ids, **MODES[mode], solver="sequential"), at_once)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(generate(model, ids, inputs_embeds=embeds, **MODES[mode])[:, -NEW:], at_once[:, -NEW:])
 
 
 @every_backbone
@@ -183,6 +178,8 @@ def test_what_cannot_be_done_is_refused_with_a_reason():
     ):
         with pytest.raises(NotImplementedError, match="cannot carry the hidden state"):
             attempt()
+    with pytest.raises(ValueError, match=r"may become 69 tokens.*max_position_embeddings is 64.*lower max_new_tokens"):
+        generate(model, ids, max_new_tokens=64)
     with pytest.raises(ValueError, match="prompts are all padding"):
         generate(model, ids, attention_mask=torch.zeros_like(ids))
     with pytest.raises(IndexError, match="resize_token_embeddings"):

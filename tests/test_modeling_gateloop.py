@@ -124,7 +124,7 @@ def test_head_and_embedding_are_tied_as_configured(tied, tmp_path):
     torch.testing.assert_close(loaded(tokens(1, 5)).logits, model(tokens(1, 5)).logits, check_dtype=False)
 
 
-def test_the_residual_stream_starts_at_a_scale_independent_of_depth():
+def test_deeper_models_start_with_smaller_residual_projections():
     torch.manual_seed(0)
     scales = []
     for depth in (2, 16):
@@ -150,5 +150,7 @@ def test_bad_input_is_refused_by_name():
         GateLoopModel(GateLoopConfig(**LLAMA_LIKE, layer_types=["full_attention", "fft"]))
     with pytest.raises(Exception, match="layer_types has 1 entries; num_hidden_layers is 2"):
         GateLoopConfig(**LLAMA_LIKE, layer_types=["full_attention"])
+    with pytest.raises(Exception, match="must be a multiple of num_attention_heads"):
+        GateLoopConfig(num_attention_heads=0)
     with pytest.raises(Exception, match="must be 'rope' or 'none'"):
         GateLoopConfig(position_embedding_type="learned")

@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import BACKBONES, FUSIONS, LLAMA_LIKE, VOCAB, shared, stateful, text_config, tokens, tolerance
 from torch.nn.functional import linear, pad
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    LlamaForCausalLM,
+    MambaConfig,
+    OpenAIGPTConfig,
+    OPTConfig,
+    Qwen3ForCausalLM,
+)
 
 from modeling_stateful_gpt import GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
 from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence
@@ -49,11 +60,7 @@ def states(model, ids, **kwargs):
 
 def stepped(model, ids, **kwargs):
     """The reference: the recurrence stepped token by token."""
-    model.config.solver = "sequential"
-    try:
-        return states(model, ids, **kwargs)
-    finally:
-        model.config.solver = "jacobi"
+    return states(model, ids, solver="sequential", **kwargs)
 
 
 @every_dtype
@@ -128,11 +135,13 @@ def test_no_evaluation_leaks_the_future(fusion, backbone, dtype, length, data):
 def test_packed_sequences_do_not_see_their_neighbours_state(fusion, backbone, dtype):
     model = shared(backbone, dtype, feedback=fusion)
     ids, cuts = tokens(1, 12), (0, 5, 6, 12)
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)])[None]
+    # The last sequence goes on from elsewhere: what does not follow its predecessor is another sequence, too.
+    positions = torch.cat([torch.arange(b - a) + (20 if a == 6 else 0) for a, b in pairwise(cuts)])[None]
     for evaluate in (states, stepped):
         packed = evaluate(model, ids, position_ids=positions, use_cache=False)
         for a, b in pairwise(cuts):
-            torch.testing.assert_close(packed[:, a:b], stepped(model, ids[:, a:b]), **tolerance(dtype))
+            alone = stepped(model, ids[:, a:b], position_ids=positions[:, a:b])
+            torch.testing.assert_close(packed[:, a:b], alone, **tolerance(dtype))
 
 
 @every_dtype
@@ -144,9 +153,8 @@ def test_gradients_of_the_solved_recurrence_are_those_of_backpropagation_through
     labels = targets(ids, mask)
     gradients = []
     for solver in ("jacobi", "sequential"):
-        model.config.solver = solver
         model.zero_grad()
-        model(ids, attention_mask=mask, labels=labels).loss.backward()
+        model(ids, attention_mask=mask, labels=labels, solver=solver).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         if dtype == torch.float32:
@@ -167,8 +175,9 @@ def test_the_feedback_is_felt_and_k_passes_are_exact_for_the_first_k_positions(f
         passes = states(model, ids, num_passes=k)
         torch.testing.assert_close(passes[:, :k], exact[:, :k], **tolerance(torch.float64))
         assert not torch.allclose(passes[:, k], exact[:, k], atol=1e-6)
-    out = model(ids)
-    assert (out.passes, out.residual) == (9, pytest.approx(out.residual)) and out.residual > 0
+    solved, before = model.model(ids), states(model, ids, num_passes=8)
+    assert solved.passes == 9
+    assert solved.residual == pytest.approx((solved.last_hidden_state - before).abs().max().item())
     assert model(ids, num_passes=3).passes == 3
 
 
@@ -244,13 +253,31 @@ def test_the_token_shift_control_is_one_pass_and_reads_only_the_previous_token()
         torch.testing.assert_close(out.last_hidden_state[:, 0].detach(), expected[:, t])
 
 
+def test_a_fixed_number_of_prefill_passes_replaces_the_tolerance():
+    model, ids = stateful(prefill_passes=3), tokens(2, 9)
+    assert torch.equal(states(model, ids), states(model, ids, num_passes=3))
+    cache = model(ids, use_cache=True).past_key_values
+    out = model(ids[:, :1], past_key_values=cache)
+    assert out.passes == 1, "a single token is stepped"
+
+
+def test_in_training_mode_a_cache_is_decoded_with_as_in_eval_mode():
+    model, ids = stateful(pass_probabilities=[0.5, 0.5], feedback="glu"), tokens(2, 6)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **options)
+    for module in model.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert model.model.batches_seen == 0
+
+
 def test_recorded_states_and_attentions_are_those_of_the_solution():
     model = stateful(feedback="glu")
     model.set_attn_implementation("eager")
     ids, flags = tokens(2, 6), {"output_hidden_states": True, "output_attentions": True}
     for solver in ("jacobi", "sequential"):
-        model.config.solver = solver
-        out = model(ids, **flags)
+        out = model(ids, solver=solver, **flags)
         torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
         assert [h.shape for h in out.hidden_states] == [(2, 6, 32)] * 3
         assert [a.shape for a in out.attentions] == [(2, 4, 6, 6)] * 2
@@ -289,14 +316,13 @@ def test_the_loss_follows_transformers_normalisation_over_accumulated_batches():
 def test_gradients_go_through_the_passes_unless_detached():
     ids = tokens(2, 9)
 
-    def reach(model):
-        """Whether the last pass alone depends on the embedding of the first token through the fed-back states."""
+    def gradients(model):
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
         model.zero_grad()
         model(inputs_embeds=embeds, labels=ids).loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    through, detached = reach(train()), reach(train(detach_between_passes=True))
+    through, detached = gradients(train()), gradients(train(detach_between_passes=True))
     plain_passes = []
     model = train()
     previous = None
@@ -466,6 +492,32 @@ def test_put_around_a_trained_model_it_starts_out_computing_the_same(backbone, m
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.model.feedback.parameters())
 
 
+def test_the_backbone_attends_as_it_did_before():
+    plain = LlamaForCausalLM._from_config(text_config("llama"), attn_implementation="eager")
+    model = StatefulGPTForCausalLM.from_backbone(plain)
+    assert plain.config._attn_implementation == "eager"
+    assert model(tokens(1, 5), output_attentions=True).attentions[0].shape == (1, 4, 5, 5)
+
+
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1), "MambaModel cannot take feedback"),
+        (OpenAIGPTConfig(vocab_size=50, n_embd=32, n_layer=1, n_head=2), "OpenAIGPTModel cannot take feedback"),
+        (BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), "not causal"),
+        (Lfm2Config(**LLAMA_LIKE, layer_types=["conv", "full_attention"]), "recurrent or convolution layers"),
+        (
+            OPTConfig(vocab_size=50, hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1,
+                      num_attention_heads=2),
+            "embeds tokens 16 wide",
+        ),
+    ],
+)  # fmt: skip
+def test_a_backbone_that_cannot_be_solved_around_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config))
+
+
 def test_a_backbone_whose_head_does_more_is_refused():
     from transformers import GraniteConfig, GraniteForCausalLM
 
@@ -503,6 +555,10 @@ def test_bad_input_is_refused_by_name(backbone):
         model(tokens(1, 65))
     with pytest.raises(IndexError, match=f"contains {VOCAB}.*{VOCAB} tokens"):
         model(torch.tensor([[1, VOCAB]]))
+    with pytest.raises(ValueError, match="'newton' does not exist"):
+        model(tokens(1, 5), solver="newton")
+    with pytest.raises(ValueError, match="has no tokens"):
+        model(tokens(1, 0))
     with pytest.raises(ValueError, match="all padding"):
         model(tokens(1, 5), attention_mask=torch.zeros(1, 5, dtype=torch.long))
 

@@ -42,6 +42,12 @@ def options(text_files, output_dir, *more):
     return ["--text_file", *text_files, "--output_dir", str(output_dir), *TINY, *more]
 
 
+def continued(text_files, output_dir, checkpoint):
+    sizes = ("--hidden_size", "--num_hidden_layers")
+    arguments = [a for a in options(text_files, output_dir) if not a.startswith(sizes)]
+    return [*arguments, "--model_name_or_path", str(checkpoint)]
+
+
 def run(script, arguments, launcher=(sys.executable,), **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
@@ -142,6 +148,18 @@ def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(text_file
     assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
+def test_epochs_or_steps_may_be_given_and_500_steps_are_the_default(text_files, tmp_path):
+    without = [a for a in options(text_files, tmp_path) if not a.startswith("--max_steps")]
+    lengths = [parse([*without, *more])[2] for more in ([], ["--num_train_epochs=2"], ["--max_steps=7"])]
+    assert [(a.max_steps, a.num_train_epochs) for a in lengths] == [(500, 0), (-1, 2), (7, 0)]
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_few_text_files_are_enough(number, text_files, tmp_path):
+    arguments = [a for a in options(text_files[:number], tmp_path / "run") if not a.startswith("--validation")]
+    assert train(*parse([*arguments, "--max_steps=1", "--eval_strategy=no"]))["data"]["validation_bytes"] > 0
+
+
 def test_bf16_and_a_pretrained_tokenizer(text_files, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     more = ["--bf16=true", "--tokenizer_name", str(tmp_path / "tokenizer")]
@@ -151,16 +169,30 @@ def test_bf16_and_a_pretrained_tokenizer(text_files, tmp_path):
 
 def test_training_goes_on_from_a_checkpoint_and_around_a_backbone(text_files, tmp_path):
     train(*parse(options(text_files, tmp_path / "first", "--preset=gpt")))
-    again = train(*parse(options(text_files, tmp_path / "again", "--model_name_or_path", str(tmp_path / "first"))))
+    again = train(*parse(continued(text_files, tmp_path / "again", tmp_path / "first")))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.model_type == "gateloop"
     assert again["log"][0]["eval_loss"] < 5.5
 
     backbone = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=2, n_positions=64))
     backbone.save_pretrained(tmp_path / "gpt2")
-    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
-    train(*parse(options(text_files, tmp_path / "around", "--model_name_or_path", str(tmp_path / "gpt2"))))
-    config = AutoModelForCausalLM.from_pretrained(tmp_path / "around").config
-    assert (config.model_type, config.text_config.model_type) == ("stateful_gpt", "gpt2")
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None  # as GPT-2's own
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    for name, source, more, kinds in (
+        ("around", "gpt2", [], ("stateful_gpt", "gpt2")),
+        ("plain", "gpt2", ["--preset=gpt"], ("gpt2", "gpt2")),
+        ("ours", "first", ["--preset=stateful"], ("stateful_gpt", "gateloop")),
+    ):
+        train(*parse([*continued(text_files, tmp_path / name, tmp_path / source), *more]))
+        config = AutoModelForCausalLM.from_pretrained(tmp_path / name).config
+        assert (config.model_type, config.get_text_config().model_type) == kinds
+    for more, message in (
+        (["--preset=gpt"], "has its feedback already; leave out --preset"),
+        (["--hidden_size=64"], "--hidden_size is for a model from scratch"),
+        (["--stateful_config", '{"num_passes": 7}'], "--stateful_config needs a --preset"),
+    ):
+        with pytest.raises(RunError, match=message):
+            train(*parse([*continued(text_files, tmp_path / "x", tmp_path / "around"), *more]))
 
 
 def test_evaluation_is_bits_per_byte_and_passes_approach_the_exact_value(text_files, tmp_path):
@@ -177,7 +209,6 @@ def test_evaluation_is_bits_per_byte_and_passes_approach_the_exact_value(text_fi
     bytes_per_token = len(documents[0].encode()) / (len(documents[0].encode()) + 1)
     assert bits["exact"] == pytest.approx(nats / math.log(2) / bytes_per_token, rel=1e-4)
     assert results["exact"]["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
-    assert model.config.solver == "jacobi"
 
     printed = run("evaluate.py", [str(tmp_path / "run"), "--text_file", text_files[0], "--max_blocks=4", "--json"])
     assert set(json.loads(printed.stdout)) == {"1", "2", "3", "exact"}, printed.stderr
@@ -195,6 +226,9 @@ def test_a_comparison_tabulates_draws_samples_and_resumes(text_files, tmp_path, 
     assert "trained passes" in printed and "worst seed" in printed and "def " in printed
     compare_main()
     assert len((tmp_path / "all/comparison.jsonl").read_text().splitlines()) == 4
+    monkeypatch.setattr(sys, "argv", [*arguments, *options(text_files, tmp_path / "all", "--hidden_size=64")])
+    with pytest.raises(RunError, match="other settings"):
+        compare_main()
 
 
 # What is refused
@@ -259,8 +293,9 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(text_files, tmp_pat
     small = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=64))
     small.save_pretrained(tmp_path / "small")
     byte_tokenizer().save_pretrained(tmp_path / "small")
-    refused(text_files, tmp_path, "--model_name_or_path", str(tmp_path / "small"),
-            message="tokenizer has 258 tokens, the model's vocabulary only 100")  # fmt: skip
+    with pytest.raises(RunError, match="tokenizer has 258 tokens, the model's vocabulary only 100"):
+        train(*parse(continued(text_files, tmp_path / "x", tmp_path / "small")))
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path):
@@ -268,6 +303,8 @@ def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path):
         ("train.py", options([str(tmp_path / "none.txt")], tmp_path / "x"), "none.txt does not exist"),
         ("evaluate.py", [str(tmp_path / "nowhere")], "cannot be loaded"),
         ("evaluate.py", [str(tmp_path), "--passes", "0"], "--passes must be at least 1"),
+        ("train.py", options(text_files, tmp_path / "x", "--stepz", "3"), "--stepz"),
+        ("train.py", options(text_files, tmp_path / "x", "--tokenizer_name", "/nowhere"), "tokenizer /nowhere"),
         ("compare.py", options(text_files, tmp_path / "x", "--presets", "rnn"), "no preset 'rnn'"),
     ):
         done = run(script, arguments)

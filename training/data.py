@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -51,13 +51,13 @@ def load_corpus(
     if text_file:
         source, documents = ", ".join(text_file), [read_text(Path(name)) for name in text_file]
     elif dataset_name:
-        splits = load_dataset(dataset_name, dataset_config_name)
-        if text_column not in splits["train"].column_names:
-            raise DataError(f"{dataset_name} has the columns {splits['train'].column_names}; choose --text_column.")
-        source, documents = dataset_name, list(splits["train"][text_column])
+        source, splits = dataset_name, load_dataset(dataset_name, dataset_config_name)
+        documents = read_column(source, splits, "train", text_column)
         if "validation" in splits:
-            train, dropped = drop_duplicates(documents)
-            return corpus(source, len(documents), dropped, train, list(splits["validation"][text_column]))
+            validation = read_column(source, splits, "validation", text_column)
+            # What stands in both is dropped from training.
+            kept, dropped = drop_duplicates([*validation, *documents], always=len(validation))
+            return corpus(source, len(documents), dropped, kept[len(validation) :], validation)
     else:
         source, documents = "the text that ships with Python", python_documents()
 
@@ -85,6 +85,14 @@ def corpus(source: str, documents: int, dropped: dict, train: list[str], validat
         f"validation_{GRAM}grams_in_train": round(share_in(validation, train), 4),
     }
     return Corpus(train, validation, report)
+
+
+def read_column(source: str, splits: DatasetDict, split: str, column: str) -> list[str]:
+    if split not in splits:
+        raise DataError(f"{source} has the splits {sorted(splits)}, but none is called {split!r}.")
+    if column not in splits[split].column_names:
+        raise DataError(f"{source} has the columns {splits[split].column_names}; choose --text_column.")
+    return [text for text in splits[split][column] if text and text.strip()]
 
 
 def read_text(path: Path) -> str:
@@ -131,30 +139,38 @@ def gram_hashes(text: str) -> np.ndarray:
     return hashes
 
 
-def drop_duplicates(documents: list[str], threshold: float = 0.5) -> tuple[list[str], dict]:
+def drop_duplicates(documents: list[str], always: int = 0, threshold: float = 0.5) -> tuple[list[str], dict]:
     """Drops documents that stand elsewhere: the same text, or more than `threshold` of their windows of `GRAM` bytes
-    in documents that are at least as long. The windows compared are the eighth whose hash is divisible by 8."""
-    unique = sorted(dict.fromkeys(documents), key=len, reverse=True)
+    in documents that come before them when sorted by length, the longest first. The windows compared are the eighth
+    whose hash is divisible by 8. The first `always` documents come before all others and are kept. The order stays.
+    """
+    places: dict[str, int] = {}
+    for place, text in enumerate(documents):
+        places.setdefault(text, place)
+    unique = sorted(places, key=lambda text: (places[text] >= always, -len(text)))
     hashes = [sampled[sampled % np.uint64(8) == 0] for sampled in map(gram_hashes, unique)]
     owner = np.repeat(np.arange(len(unique)), [len(h) for h in hashes])
     _, first, which = np.unique(np.concatenate(hashes), return_index=True, return_inverse=True)
     seen_before = owner[first][which] < owner
     repeated = np.bincount(owner, weights=seen_before, minlength=len(unique))
-    kept = [text for text, h, n in zip(unique, hashes, repeated, strict=True) if n <= threshold * max(len(h), 1)]
-    return kept, {
-        "exact_duplicates": len(documents) - len(unique),
-        "near_duplicates": len(unique) - len(kept),
-    }
+    near = {text for text, h, n in zip(unique, hashes, repeated, strict=True) if n > threshold * max(len(h), 1)}
+    kept = [
+        text for place, text in enumerate(documents) if place < always or (places[text] == place and text not in near)
+    ]
+    exact = sum(places[text] != place for place, text in enumerate(documents) if place >= always)
+    return kept, {"exact_duplicates": exact, "near_duplicates": len(documents) - exact - len(kept)}
 
 
 def split_by_document(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
-    """Splits by a hash of each document's text: a document stays on its side whatever else is in the corpus."""
-    train: list[str] = []
-    validation: list[str] = []
-    for text in documents:
-        position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        (validation if position < validation_fraction else train).append(text)
-    return train, validation
+    """Splits by a hash of each document's text: a document stays on its side whatever else is in the corpus. At least
+    one document is for validation."""
+
+    def position(text: str) -> float:
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+    bound = max(validation_fraction, min(map(position, documents)))
+    train = [text for text in documents if position(text) > bound]
+    return train, [text for text in documents if position(text) <= bound]
 
 
 def share_in(texts: list[str], others: list[str]) -> float:
@@ -188,8 +204,10 @@ def token_blocks(documents: list[str], tokenizer: PreTrainedTokenizerBase, block
     """`input_ids` in blocks of `block_size` tokens: the documents one after the other, each closed by the end token.
 
     Raises:
-        DataError: there are fewer than `block_size` tokens.
+        DataError: there are fewer than `block_size` tokens, or the tokenizer has no end token.
     """
+    if tokenizer.eos_token_id is None:
+        raise DataError("The tokenizer has no end token (eos_token), which closes each document; set one.")
 
     def tokenize(batch: dict) -> dict:
         return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in tokenizer(batch["text"])["input_ids"]]}
@@ -199,6 +217,11 @@ def token_blocks(documents: list[str], tokenizer: PreTrainedTokenizerBase, block
     if len(flat) < block_size:
         raise DataError(f"The text has {len(flat)} tokens, less than one block of {block_size}; lower --block_size.")
     return Dataset.from_dict({"input_ids": flat[: len(flat) // block_size * block_size].reshape(-1, block_size)})
+
+
+def sample_blocks(blocks: Dataset, number: int | None) -> Dataset:
+    """At most `number` blocks from all over the text, always the same ones."""
+    return blocks if number is None or number >= len(blocks) else blocks.shuffle(seed=0).select(range(number))
 
 
 def bytes_per_token(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> float:

@@ -12,13 +12,13 @@ import math
 from pathlib import Path
 
 import torch
-from data import bytes_per_token, load_corpus, read_text, token_blocks
+from data import bytes_per_token, load_corpus, read_text, sample_blocks, token_blocks
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from train import RunError, load_model, run_command
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from train import RunError, load_model, load_tokenizer, run_command, stepped
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
@@ -26,23 +26,14 @@ def mean_nats(model: PreTrainedModel, blocks: Dataset, num_passes: int | None, b
     """The mean loss per predicted token in nats; with `num_passes=None`, of the recurrence stepped exactly. All tokens
     of a block but its first are predicted."""
     model.eval()
-    stateful = model.config.model_type == "stateful_gpt"
-    solver = model.config.solver if stateful else None
-    options = {"num_passes": num_passes} if stateful else {}
-    if stateful:
-        model.config.solver = "sequential"
-    total, rows = 0.0, 0
-    try:
-        batches = blocks.with_format("torch").iter(batch_size)
-        what = "stepping" if num_passes is None else f"{num_passes} pass(es)"
-        for batch in tqdm(batches, total=math.ceil(len(blocks) / batch_size), desc=what, leave=False):
-            ids = batch["input_ids"].to(model.device)
-            total += model(input_ids=ids, labels=ids, use_cache=False, **options).loss.item() * len(ids)
-            rows += len(ids)
-    finally:
-        if stateful:
-            model.config.solver = solver
-    return total / rows
+    how = stepped(model) if num_passes is None else {"num_passes": num_passes}
+    batches = blocks.with_format("torch").iter(batch_size)
+    what = "stepping" if num_passes is None else f"{num_passes} pass(es)"
+    total = 0.0
+    for batch in tqdm(batches, total=math.ceil(len(blocks) / batch_size), desc=what, leave=False):
+        ids = batch["input_ids"].to(model.device)
+        total += model(input_ids=ids, labels=ids, use_cache=False, **how).loss.item() * len(ids)
+    return total / len(blocks)
 
 
 def evaluate(
@@ -58,16 +49,14 @@ def evaluate(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and block_size > limit:
         raise RunError(f"--block_size {block_size} is more than the model's max_position_embeddings ({limit}).")
-    blocks = token_blocks(documents, tokenizer, block_size)
-    if max_blocks is not None:
-        blocks = blocks.select(range(min(max_blocks, len(blocks))))
+    blocks = sample_blocks(token_blocks(documents, tokenizer, block_size), max_blocks)
     width = bytes_per_token(documents, tokenizer)
     # A model without feedback has nothing to pass around: one pass is exact.
     plain = getattr(model.config, "feedback", None) is None
     results = {}
-    for num_passes in [1] if plain else [*passes, None]:
+    for num_passes in [None] if plain else [*passes, None]:
         nats = mean_nats(model, blocks, num_passes, batch_size)
-        results["exact" if plain or num_passes is None else str(num_passes)] = {
+        results["exact" if num_passes is None else str(num_passes)] = {
             "bits_per_byte": nats / math.log(2) / width,
             "perplexity": math.exp(nats),
         }
@@ -81,13 +70,13 @@ def main() -> None:
     parser.add_argument("--passes", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--block_size", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--max_blocks", type=int)
+    parser.add_argument("--max_blocks", type=int, help="a sample of the blocks; default: all")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     if min(arguments.passes) < 1:
         raise RunError("--passes must be at least 1 (1 is the plain language model).")
     model = load_model(arguments.checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    tokenizer = load_tokenizer(arguments.checkpoint)
     files = arguments.text_file
     documents = [read_text(Path(name)) for name in files] if files else load_corpus().validation
     results = evaluate(

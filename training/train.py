@@ -16,13 +16,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, token_blocks
+from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, sample_blocks, token_blocks
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -57,15 +56,17 @@ OURS = ("gateloop", "stateful_gpt")
 
 @dataclass
 class ModelArguments:
-    preset: str = field(default="stateful", metadata={"help": f"What to train from scratch: {', '.join(PRESETS)}."})
+    preset: str | None = field(
+        default=None, metadata={"help": f"What to train: {', '.join(PRESETS)}. From scratch, stateful is the default."}
+    )
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Go on from this checkpoint instead. A model that is not ours becomes the backbone of a stateful "
-            "one, with the preset's feedback, and starts out computing what it computed before."
+            "help": "Go on from this checkpoint. A plain language model gets the preset's feedback and starts out "
+            "computing what it computed before; without a preset, a model of ours stays as it is."
         },
     )
-    hidden_size: int = 128
+    hidden_size: int = field(default=128, metadata={"help": "From scratch only, as the other sizes."})
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     dropout: float = 0.0
@@ -103,7 +104,8 @@ class TrainArguments(TrainingArguments):
     weight_decay: float = 0.1
     adam_beta2: float = 0.99
     max_grad_norm: float = 1.0
-    max_steps: int = 500
+    max_steps: int = field(default=-1, metadata={"help": "500 if neither this nor --num_train_epochs is given."})
+    num_train_epochs: float = 0.0
     per_device_train_batch_size: int = 16
     per_device_eval_batch_size: int = 64
     eval_strategy: str = "steps"
@@ -115,6 +117,13 @@ class TrainArguments(TrainingArguments):
     prediction_loss_only: bool = True
     report_to: str = "none"
     dataloader_pin_memory: bool = torch.accelerator.is_available()
+    # In a batch of one pass the fusion has no gradient, with gradient checkpointing as well.
+    ddp_find_unused_parameters: bool | None = True
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 0 and self.num_train_epochs == 0:
+            self.max_steps = 500
+        super().__post_init__()
 
 
 class RunError(ValueError):
@@ -147,16 +156,19 @@ class SaveOnInterrupt(TrainerCallback):
 class SteppingTrainer(Trainer):
     """Evaluates by stepping: exact, and on large batches on a CPU faster than solving to tolerance."""
 
-    def evaluate(self, *args, **kwargs):
-        config = self.model.config
-        solver = getattr(config, "solver", None)
-        if solver is not None:
-            config.solver = "sequential"
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            if solver is not None:
-                config.solver = solver
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, {**inputs, **stepped(self.model)}, *args, **kwargs)
+
+
+def stepped(model: PreTrainedModel) -> dict[str, str]:
+    """The arguments with which a model's forward steps through the sequence; none for a plain model."""
+    return {"solver": "sequential"} if model.config.model_type == "stateful_gpt" else {}
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Blocks of equal length, every token of which counts."""
+    input_ids = torch.tensor([example["input_ids"] for example in examples])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
 @dataclass
@@ -170,7 +182,7 @@ class TrainingData:
 
 def prepare_data(arguments: DataArguments, model_name_or_path: str | None = None) -> TrainingData:
     name = arguments.tokenizer_name or model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(name) if name else byte_tokenizer()
+    tokenizer = load_tokenizer(name) if name else byte_tokenizer()
     corpus = load_corpus(
         arguments.text_file,
         arguments.dataset_name,
@@ -197,19 +209,19 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
     Raises:
         RunError: an unknown preset, a checkpoint with missing weights, too small a vocabulary or too few positions.
     """
-    if arguments.preset not in PRESETS:
+    if arguments.preset is not None and arguments.preset not in PRESETS:
         raise RunError(f"There is no preset {arguments.preset!r}; choose from {sorted(PRESETS)}.")
+    preset = PRESETS[arguments.preset or "stateful"]
     stateful = config_fields("--stateful_config", arguments.stateful_config, StatefulGPTConfig)
-    decoder = config_fields("--decoder_config", arguments.decoder_config, GateLoopConfig)
-    preset = PRESETS[arguments.preset]
     feedback = {**(preset or {}), "pass_seed": seed, **stateful}
+    decoder = config_fields("--decoder_config", arguments.decoder_config, GateLoopConfig)
     model = load_model(arguments.model_name_or_path) if arguments.model_name_or_path else None
     try:
         if model is None:
             config = decoder_config(arguments, data_arguments, tokenizer, decoder)
             model = GateLoopForCausalLM(config) if preset is None else matched_stateful_model(config, feedback)
-        elif model.config.model_type not in OURS:
-            model = StatefulGPTForCausalLM.from_backbone(model, **feedback)
+        else:
+            model = continued_model(arguments, model, preset, feedback)
     except (StrictDataclassError, ValueError) as error:
         raise RunError(str(error.__cause__ or error)) from error
     text_config = model.config.get_text_config()
@@ -226,13 +238,32 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
     return model
 
 
+def continued_model(
+    arguments: ModelArguments, model: PreTrainedModel, preset: dict | None, feedback: dict
+) -> PreTrainedModel:
+    """The loaded model as it is, or with feedback around it."""
+    defaults = ModelArguments()
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "dropout", "decoder_config"):
+        if getattr(arguments, name) != getattr(defaults, name):
+            raise RunError(f"--{name} is for a model from scratch; {arguments.model_name_or_path} has its own.")
+    stateful = model.config.model_type == "stateful_gpt"
+    as_it_is = arguments.preset is None and model.config.model_type in OURS
+    if stateful and not as_it_is:
+        raise RunError(f"{arguments.model_name_or_path} has its feedback already; leave out --preset.")
+    if not as_it_is and preset is not None:
+        return StatefulGPTForCausalLM.from_backbone(model, **feedback)
+    if arguments.stateful_config != defaults.stateful_config:
+        raise RunError("--stateful_config needs a --preset with feedback, or a plain model to put feedback around.")
+    return model
+
+
 def config_fields(option: str, text: str, config_class: type) -> dict:
     """The fields of a configuration given as JSON."""
     try:
         values = dict(json.loads(text))
     except (TypeError, ValueError) as error:
         raise RunError(f"{option} is not JSON of the form '{{\"field\": value}}': {text}") from error
-    known = {field.name for field in fields(config_class)}
+    known = {field.name for field in fields(config_class)} - {"text_config"}
     if unknown := sorted(set(values) - known):
         raise RunError(f"{option}: {config_class.__name__} has no field {', '.join(unknown)}.")
     return values
@@ -263,7 +294,7 @@ def load_model(path: str) -> PreTrainedModel:
         RunError: the weights are missing, truncated, or lack parameters of the model.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=True)
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     except Exception as error:
         raise RunError(
             f"The checkpoint {path} cannot be loaded ({type(error).__name__}: {error}). Download or save it again, or "
@@ -278,6 +309,13 @@ def load_model(path: str) -> PreTrainedModel:
     return model
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise RunError(f"The tokenizer {name} cannot be loaded ({type(error).__name__}: {error}).") from error
+
+
 def matched_stateful_model(decoder: GateLoopConfig, fields: dict) -> StatefulGPTForCausalLM:
     """A model with as many parameters as the plain `decoder` has: what the fusion takes, the MLPs give."""
     config = StatefulGPTConfig(text_config=decoder, **fields)
@@ -285,15 +323,13 @@ def matched_stateful_model(decoder: GateLoopConfig, fields: dict) -> StatefulGPT
         surplus = count_parameters(StatefulGPTForCausalLM(config)) - count_parameters(GateLoopForCausalLM(decoder))
     matrices = {"gelu": 2, "swiglu": 3}[decoder.mlp_type]
     decoder.intermediate_size -= round(surplus / (matrices * decoder.hidden_size * decoder.num_hidden_layers))
+    if decoder.intermediate_size < 1:
+        raise ValueError("The MLPs are too small to give the fusion its parameters; raise intermediate_size.")
     return StatefulGPTForCausalLM(config)
 
 
-def claim_folder(folder: Path, settings: dict) -> None:
-    """Makes `folder` this run's own, or finds that it already is.
-
-    Raises:
-        RunError: it holds something else, or a run with other settings.
-    """
+def check_folder(folder: Path, settings: dict) -> None:
+    """Raises a RunError if `folder` holds something else, or a run with other settings."""
     marker = folder / "run.json"
     if marker.exists():
         before = json.loads(marker.read_text())
@@ -306,9 +342,6 @@ def claim_folder(folder: Path, settings: dict) -> None:
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} holds something that is not a run of this command; use another --output_dir.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(settings, indent=1))
 
 
 def settings_of(
@@ -317,7 +350,7 @@ def settings_of(
     """What decides the result of a run. Where it is logged, how often it is saved, how it is spread do not."""
     decisive = {
         *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
-        *("max_grad_norm", "max_steps", "num_train_epochs", "seed", "data_seed", "bf16", "fp16"),
+        *("max_grad_norm", "max_steps", "num_train_epochs", "seed", "data_seed", "bf16", "fp16", "optim"),
     }
     training = {name: getattr(training_arguments, name) for name in sorted(decisive)}
     batch = training_arguments.per_device_train_batch_size * training_arguments.gradient_accumulation_steps
@@ -329,35 +362,40 @@ def train(
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     training_arguments: TrainArguments,
-    data: TrainingData | None = None,
+    prepared: Callable[[], TrainingData] | None = None,
 ) -> dict | None:
-    """Trains, or goes on training. Returns what `results.json` in the output folder says, or None if interrupted."""
-    folder = Path(training_arguments.output_dir)
-    main_process = training_arguments.process_index == 0
-    with training_arguments.main_process_first():
-        # Bad input must leave nothing behind, so everything is checked before the folder is claimed.
-        data = data or prepare_data(data_arguments, model_arguments.model_name_or_path)
-        set_seed(training_arguments.seed)
-        model = build_model(model_arguments, data_arguments, data.tokenizer, training_arguments.seed)
-        if main_process:
-            claim_folder(folder, settings_of(model_arguments, data_arguments, training_arguments))
-    results_file = folder / "results.json"
+    """Trains, or goes on training. Returns what `results.json` in the output folder says, or None if interrupted.
+
+    `prepared` returns the data, for a caller that has made it already.
+    """
+    folder, results_file = Path(training_arguments.output_dir), Path(training_arguments.output_dir) / "results.json"
+    settings = settings_of(model_arguments, data_arguments, training_arguments)
+    check_folder(folder, settings)
     if results_file.exists():
         print(f"{folder} is finished.")
         return json.loads(results_file.read_text())
+
+    main_process = training_arguments.process_index == 0
+    with training_arguments.main_process_first():
+        # Bad input must leave nothing behind, so everything is made before the folder is.
+        data = prepared() if prepared else prepare_data(data_arguments, model_arguments.model_name_or_path)
+        set_seed(training_arguments.seed)
+        model = build_model(model_arguments, data_arguments, data.tokenizer, training_arguments.seed)
+        if main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "run.json").write_text(json.dumps(settings, indent=1))
     if main_process:
         print(json.dumps(data.report, indent=1))
         print(f"{type(model).__name__}: {count_parameters(model):,} parameters")
 
     interrupt = SaveOnInterrupt()
-    eval_blocks = data.validation.select(range(min(data_arguments.max_eval_samples, len(data.validation))))
     trainer = SteppingTrainer(
         model=model,
         args=training_arguments,
         train_dataset=data.train,
-        eval_dataset=eval_blocks,
+        eval_dataset=sample_blocks(data.validation, data_arguments.max_eval_samples),
         processing_class=data.tokenizer,
-        data_collator=DataCollatorForLanguageModeling(data.tokenizer, mlm=False),
+        data_collator=collate,
         callbacks=[interrupt],
     )
     checkpoint = training_arguments.resume_from_checkpoint or get_last_checkpoint(str(folder))
@@ -373,7 +411,7 @@ def train(
     tokens_per_step = data_arguments.block_size * training_arguments.train_batch_size
     tokens_per_step *= training_arguments.gradient_accumulation_steps * training_arguments.world_size
     results = {
-        "preset": model_arguments.preset,
+        "preset": model_arguments.preset or model_arguments.model_name_or_path or "stateful",
         "seed": training_arguments.seed,
         "parameters": count_parameters(model),
         "tokens": trainer.state.global_step * tokens_per_step,
@@ -389,7 +427,10 @@ def train(
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainArguments]:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), description=__doc__)
-    return parser.parse_args_into_dataclasses(args=arguments)
+    try:
+        return parser.parse_args_into_dataclasses(args=arguments)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def run_command(command: Callable[[], object]) -> None:
