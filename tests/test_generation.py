@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from data import byte_tokenizer
 from tiny import BACKBONES, FUSIONS, VOCAB, shared, tokens
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer, pipeline, set_seed
+
+from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
@@ -14,7 +17,7 @@ MODES = {
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "sampled beams": {"num_beams": 3, "do_sample": True},
     "several samples": {"do_sample": True, "num_return_sequences": 3},
-    "contrastive penalty": {"repetition_penalty": 1.5},
+    "repetition penalty": {"repetition_penalty": 1.5},
 }
 
 
@@ -147,26 +150,16 @@ def test_beams_reorder_the_state_with_the_keys():
     torch.testing.assert_close(out.sequences_scores.double(), chosen, atol=1e-4, rtol=1e-4)
 
 
-def test_streaming_yields_the_text_as_it_comes():
-    from data import byte_tokenizer
-
-    from modeling_stateful_gpt import StatefulGPTForCausalLM
-
+def test_streaming_and_the_pipeline_give_the_generated_text():
     torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    model = StatefulGPTForCausalLM(shared_byte_config()).eval()
+    decoder = GateLoopConfig(hidden_size=32, num_hidden_layers=1)
+    model, tokenizer = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=decoder)).eval(), byte_tokenizer()
     inputs = tokenizer("Hello", return_tensors="pt")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     ids = model.generate(**inputs, streamer=streamer, max_new_tokens=8, do_sample=False)
     assert "".join(streamer) == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
     text = pipeline("text-generation", model=model, tokenizer=tokenizer)("Hello", max_new_tokens=8, do_sample=False)
     assert text[0]["generated_text"] == tokenizer.decode(ids[0])
-
-
-def shared_byte_config():
-    from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig
-
-    return StatefulGPTConfig(text_config=GateLoopConfig(hidden_size=32, num_hidden_layers=1, vocab_size=258))
 
 
 def test_what_cannot_be_done_is_refused_with_a_reason():

@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     Lfm2Config,
     LlamaForCausalLM,
     MambaConfig,
@@ -519,8 +521,6 @@ def test_a_backbone_that_cannot_be_solved_around_is_refused(config, message):
 
 
 def test_a_backbone_whose_head_does_more_is_refused():
-    from transformers import GraniteConfig, GraniteForCausalLM
-
     granite = GraniteForCausalLM(GraniteConfig(**LLAMA_LIKE, logits_scaling=8.0))
     with pytest.raises(ValueError, match="GraniteForCausalLM does more in its head"):
         StatefulGPTForCausalLM.from_backbone(granite)

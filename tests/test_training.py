@@ -15,7 +15,7 @@ import torch
 from compare import main as compare_main
 from data import byte_tokenizer, token_blocks
 from evaluate import evaluate, mean_nats
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save_file
 from train import PRESETS, RunError, build_model, count_parameters, load_model, parse, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -137,8 +137,8 @@ def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(text_file
     one = run("train.py", options(text_files, tmp_path / "one", *mixture))
     assert one.returncode == 0, one.stderr
     accumulated = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=2"]
-    launcher = ["accelerate", "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
-    launcher[0] = str(Path(sys.executable).parent / "accelerate")
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    launcher = [accelerate, "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
     two = run("train.py", options(text_files, tmp_path / "two", *mixture, "--per_device_train_batch_size=4"), launcher)
     assert two.returncode == 0, two.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
@@ -279,8 +279,6 @@ def test_a_damaged_checkpoint_is_refused(text_files, tmp_path):
     weights.unlink()
     with pytest.raises(RunError, match="cannot be loaded"):
         load_model(str(checkpoint))
-
-    from safetensors.torch import load, save_file
 
     tensors = load(content)
     del tensors["model.feedback.key.weight"]
