@@ -62,6 +62,8 @@ class GateLoopConfig(PreTrainedConfig):
         }
 
     def validate_architecture(self):
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; it must be at least 1.")
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "

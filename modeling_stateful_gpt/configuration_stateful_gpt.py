@@ -89,8 +89,8 @@ class StatefulGPTConfig(PreTrainedConfig):
     def validate_solver(self):
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} does not exist; choose from {sorted(SOLVERS)}.")
-        if self.tolerance < 0:
-            raise ValueError(f"tolerance cannot be negative, as {self.tolerance} is.")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance is {self.tolerance}; it must be at least 0.")
 
 
 def _read_through(name: str) -> property:

@@ -280,7 +280,8 @@ class GateLoopModel(GateLoopPreTrainedModel):
         }
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb is not None else None
         hidden_states = self.dropout(inputs_embeds)
-        for layer in self.layers:
+        # Early exit in assisted decoding lowers the number for a while.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 masks=masks,

@@ -340,6 +340,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         return jacobi(recurrence, num_passes)
 
     def solve(self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str) -> Solution:
+        solve = look_up(SOLVERS, solver, "solver")
         if num_passes == 1:
             return one_pass(recurrence.plain())
         if self.config.feedback_source == "embedding" and solver != "sequential":
@@ -349,7 +350,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             return sequential(recurrence)
         if num_passes is not None:
             return jacobi(recurrence, num_passes)
-        solution = look_up(SOLVERS, solver, "solver")(recurrence, self.config.prefill_passes, self.config.tolerance)
+        solution = solve(recurrence, self.config.prefill_passes, self.config.tolerance)
         if solver == "sequential" and any(recurrence.kwargs[name] for name in RECORDED):
             # The states being known, one pass over all positions records what single steps recorded one by one.
             recurrence.sweep(solution.hidden_states)
@@ -416,6 +417,8 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
         if isinstance(backbone, str):
             backbone = AutoModelForCausalLM.from_pretrained(backbone)
         head = backbone.get_output_embeddings()
+        if head is None or backbone.config.model_type == StatefulGPTConfig.model_type:
+            raise ValueError(f"{type(backbone).__name__} is not a plain language model with a head (…ForCausalLM).")
         with torch.device("meta"):
             # Unless it is told otherwise, a composite configuration resets how its parts attend.
             attention = backbone.config._attn_implementation

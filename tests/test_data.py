@@ -151,5 +151,9 @@ def test_a_sample_of_blocks_is_from_all_over_the_text():
 def test_too_little_text_is_refused():
     with pytest.raises(DataError, match="less than one block of 100; lower --block_size"):
         token_blocks(["abc"], byte_tokenizer(), 100)
+    with pytest.raises(DataError, match="--block_size is 1; at least 2"):
+        token_blocks(["abc"], byte_tokenizer(), 1)
+    with pytest.raises(DataError, match="must lie between 0 and 1"):
+        load_corpus(validation_fraction=0.0)
     with pytest.raises(DataError, match="either --text_file or --dataset_name"):
         load_corpus(["a"], "b")

@@ -117,6 +117,14 @@ def test_prompt_lookup_and_assisted_decoding_are_exact(do_sample, fusion, backbo
     assert torch.equal(generate(model, ids, assistant_model=other, **options), expected)
 
 
+@pytest.mark.parametrize("backbone", ["gateloop", "llama"])
+def test_early_exit_drafts_are_exact_and_leave_the_model_as_it_was(backbone):
+    model, ids = shared(backbone, feedback="glu"), tokens(1, 6)
+    expected = generate(model, ids)
+    assert torch.equal(generate(model, ids, assistant_early_exit=1), expected)
+    assert torch.equal(generate(model, ids), expected)
+
+
 @every_backbone
 def test_a_stateful_model_may_draft_for_a_plain_one(backbone):
     plain, drafter = shared(backbone, feedback=None), shared(backbone, feedback="glu")

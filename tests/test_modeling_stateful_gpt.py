@@ -520,6 +520,12 @@ def test_a_backbone_that_cannot_be_solved_around_is_refused(config, message):
         StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config))
 
 
+def test_what_is_no_plain_language_model_is_refused_as_a_backbone():
+    for other in (shared(), shared("llama").model.language_model):
+        with pytest.raises(ValueError, match="not a plain language model with a head"):
+            StatefulGPTForCausalLM.from_backbone(other)
+
+
 def test_a_backbone_whose_head_does_more_is_refused():
     granite = GraniteForCausalLM(GraniteConfig(**LLAMA_LIKE, logits_scaling=8.0))
     with pytest.raises(ValueError, match="GraniteForCausalLM does more in its head"):
@@ -538,7 +544,8 @@ def test_a_backbone_whose_head_does_more_is_refused():
         ({"solver": "newton"}, r"'newton' does not exist; choose from \['jacobi', 'sequential'\]"),
         ({"prefix_mixin": 1.5}, "prefix_mixin is a probability"),
         ({"feedback_noise": -1.0}, "standard deviation"),
-        ({"tolerance": -1.0}, "cannot be negative"),
+        ({"tolerance": -1.0}, "must be at least 0"),
+        ({"tolerance": float("nan")}, "must be at least 0"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused_by_name(config, message):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,9 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
             message="--block_size 32 is more than the model's max_position_embeddings")  # fmt: skip
     refused(text_files, tmp_path, "--stateful_config", '{"num_passes": 0}', message="num_passes is 0")
     refused(text_files, tmp_path, "--stateful_config", '{"feedback": "concat"}', message="'concat' does not exist")
+    refused(text_files, tmp_path, "--num_hidden_layers=0", message="num_hidden_layers is 0")
+    refused(text_files, tmp_path, "--max_eval_samples=0", message="--max_eval_samples must be")
+    refused(text_files, tmp_path, "--preset=gpt", "--stateful_config", '{"num_passes": 2}', message="leave it out")
     refused(text_files, tmp_path, "--decoder_config", '{"mlp": "x"}', message="GateLoopConfig has no field mlp")
     refused(text_files, tmp_path, "--decoder_config", '{"mlp_type": "x"}', message="'x' does not exist")
     refused(text_files, tmp_path, "--stateful_config", "{feedback}", message="--stateful_config is not JSON")
@@ -263,6 +267,20 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(text_files, tm
     train(*parse(options(text_files, tmp_path / "run")))
     with pytest.raises(RunError, match=r"other settings \(hidden_size: 32 then, 64 now\)"):
         train(*parse(options(text_files, tmp_path / "run", "--hidden_size=64")))
+
+
+def test_a_damaged_checkpoint_of_the_run_itself_is_named(text_files, tmp_path):
+    run = tmp_path / "run"
+    train(*parse(options(text_files, run)))
+    (run / "results.json").unlink()
+    (run / "checkpoint-6/model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(RunError, match=r"checkpoint-6 is damaged.*Delete that folder"):
+        train(*parse(options(text_files, run)))
+    shutil.rmtree(run / "checkpoint-6")
+    assert train(*parse(options(text_files, run)))["tokens"] == 6 * 8 * 32
+    (run / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"run.json is damaged"):
+        train(*parse(options(text_files, run)))
 
 
 def test_a_damaged_checkpoint_is_refused(text_files, tmp_path):
@@ -302,6 +320,7 @@ def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path):
         ("evaluate.py", [str(tmp_path / "nowhere")], "cannot be loaded"),
         ("evaluate.py", [str(tmp_path), "--passes", "0"], "--passes must be at least 1"),
         ("train.py", options(text_files, tmp_path / "x", "--stepz", "3"), "--stepz"),
+        ("train.py", options(text_files, tmp_path / "x", "--resume_from_checkpoint", "nope"), "nope is no folder"),
         ("train.py", options(text_files, tmp_path / "x", "--tokenizer_name", "/nowhere"), "tokenizer /nowhere"),
         ("compare.py", options(text_files, tmp_path / "x", "--presets", "rnn"), "no preset 'rnn'"),
     ):

@@ -45,6 +45,8 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
     for preset in arguments.presets:
         if preset not in PRESETS:
             raise RunError(f"There is no preset {preset!r}; choose from {sorted(PRESETS)}.")
+    if arguments.max_eval_blocks < 1 or not arguments.sample_prompt:
+        raise RunError("--max_eval_blocks must be at least 1, and --sample_prompt not empty.")
     folder = Path(arguments.output_dir)
     records_file = folder / "comparison.jsonl"
     if folder.exists() and any(folder.iterdir()) and not any(folder.glob("*/run.json")):
@@ -118,11 +120,13 @@ def draw(arguments: CompareArguments, records: list[dict], path: Path) -> None:
         for run in runs:
             scale = 1 / math.log(2) / run["data"]["bytes_per_token"]
             tokens_per_step = run["tokens"] / max(entry["step"] for entry in run["log"])
-            curves.append([(e["step"] * tokens_per_step, e["eval_loss"] * scale) for e in run["log"] if e["step"] > 0])
-        mean = [(points[0][0], sum(y for _, y in points) / len(points)) for points in zip(*curves, strict=False)]
-        (line,) = axes.plot(*zip(*mean, strict=True), label=preset, linewidth=2)
+            curves.append({e["step"] * tokens_per_step: e["eval_loss"] * scale for e in run["log"] if e["step"] > 0})
+        # A run that was interrupted has one more evaluation, where it was resumed.
+        common = sorted(set.intersection(*map(set, curves)))
+        mean = [sum(curve[tokens] for curve in curves) / len(curves) for tokens in common]
+        (line,) = axes.plot(common, mean, label=preset, linewidth=2)
         for curve in curves if len(curves) > 1 else []:
-            axes.plot(*zip(*curve, strict=True), color=line.get_color(), linewidth=0.6, alpha=0.6)
+            axes.plot(list(curve), list(curve.values()), color=line.get_color(), linewidth=0.6, alpha=0.6)
     axes.set(xlabel="training tokens seen", ylabel="validation bits per byte, stepped exactly")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -46,6 +46,8 @@ def load_corpus(
     Raises:
         DataError: a file is missing, empty or not UTF-8 text; the dataset has no such column; too little text.
     """
+    if not 0 < validation_fraction < 1:
+        raise DataError(f"--validation_fraction is {validation_fraction}; it must lie between 0 and 1.")
     if text_file and dataset_name:
         raise DataError("Give either --text_file or --dataset_name, not both.")
     if text_file:
@@ -206,6 +208,8 @@ def token_blocks(documents: list[str], tokenizer: PreTrainedTokenizerBase, block
     Raises:
         DataError: there are fewer than `block_size` tokens, or the tokenizer has no end token.
     """
+    if block_size < 2:
+        raise DataError(f"--block_size is {block_size}; at least 2 tokens are needed to predict one from another.")
     if tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no end token (eos_token), which closes each document; set one.")
 

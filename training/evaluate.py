@@ -11,6 +11,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from data import bytes_per_token, load_corpus, read_text, sample_blocks, token_blocks
 from datasets import Dataset
@@ -73,8 +74,9 @@ def main() -> None:
     parser.add_argument("--max_blocks", type=int, help="a sample of the blocks; default: all")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    if min(arguments.passes) < 1:
-        raise RunError("--passes must be at least 1 (1 is the plain language model).")
+    for name in ("passes", "batch_size", "max_blocks"):
+        if np.min(getattr(arguments, name) or 1) < 1 or getattr(arguments, name) == 0:
+            raise RunError(f"--{name} must be at least 1.")
     model = load_model(arguments.checkpoint)
     tokenizer = load_tokenizer(arguments.checkpoint)
     files = arguments.text_file

@@ -19,6 +19,7 @@ import torch
 from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, sample_blocks, token_blocks
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -213,6 +214,8 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
         raise RunError(f"There is no preset {arguments.preset!r}; choose from {sorted(PRESETS)}.")
     preset = PRESETS[arguments.preset or "stateful"]
     stateful = config_fields("--stateful_config", arguments.stateful_config, StatefulGPTConfig)
+    if preset is None and stateful:
+        raise RunError("--stateful_config is for a preset with feedback; leave it out.")
     feedback = {**(preset or {}), "pass_seed": seed, **stateful}
     decoder = config_fields("--decoder_config", arguments.decoder_config, GateLoopConfig)
     model = load_model(arguments.model_name_or_path) if arguments.model_name_or_path else None
@@ -296,9 +299,13 @@ def load_model(path: str) -> PreTrainedModel:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     except Exception as error:
+        what = (
+            f"{type(error).__name__}: {error}"
+            if Path(path).exists()
+            else "there is no such folder, nor could it be had"
+        )
         raise RunError(
-            f"The checkpoint {path} cannot be loaded ({type(error).__name__}: {error}). Download or save it again, or "
-            f"go on from an earlier one."
+            f"The checkpoint {path} cannot be loaded ({what}). Download or save it again, or go on from an earlier one."
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
@@ -331,8 +338,13 @@ def matched_stateful_model(decoder: GateLoopConfig, fields: dict) -> StatefulGPT
 def check_folder(folder: Path, settings: dict) -> None:
     """Raises a RunError if `folder` holds something else, or a run with other settings."""
     marker = folder / "run.json"
+    if any(parent.is_file() for parent in folder.parents):
+        raise RunError(f"{folder} lies below a file; use another --output_dir.")
     if marker.exists():
-        before = json.loads(marker.read_text())
+        try:
+            before = json.loads(marker.read_text())
+        except ValueError as error:
+            raise RunError(f"{marker} is damaged; use another --output_dir.") from error
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             differences = ", ".join(f"{n}: {before.get(n)!r} then, {settings[n]!r} now" for n in changed)
@@ -370,6 +382,12 @@ def train(
     """
     folder, results_file = Path(training_arguments.output_dir), Path(training_arguments.output_dir) / "results.json"
     settings = settings_of(model_arguments, data_arguments, training_arguments)
+    if data_arguments.max_eval_samples < 1:
+        raise RunError("--max_eval_samples must be at least 1.")
+    if (asked := training_arguments.resume_from_checkpoint) and not Path(asked).is_dir():
+        raise RunError(
+            f"--resume_from_checkpoint {asked} is no folder; leave it out to go on from the last checkpoint."
+        )
     check_folder(folder, settings)
     if results_file.exists():
         print(f"{folder} is finished.")
@@ -402,7 +420,13 @@ def train(
     if checkpoint:
         print(f"Resuming from {checkpoint}.")
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except SafetensorError as error:
+        raise RunError(
+            f"{checkpoint} is damaged ({error}). Delete that folder and give the same command again: it goes on from "
+            f"the checkpoint before, or starts anew."
+        ) from error
     if interrupt.interrupted:
         print(f"Stopped at step {trainer.state.global_step}. Run the same command again to resume.")
         return None
