@@ -340,7 +340,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         return jacobi(recurrence, num_passes)
 
     def solve(self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str) -> Solution:
-        solve = look_up(SOLVERS, solver, "solver")
+        run_solver = look_up(SOLVERS, solver, "solver")
         if num_passes == 1:
             return one_pass(recurrence.plain())
         if self.config.feedback_source == "embedding" and solver != "sequential":
@@ -350,7 +350,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             return sequential(recurrence)
         if num_passes is not None:
             return jacobi(recurrence, num_passes)
-        solution = solve(recurrence, self.config.prefill_passes, self.config.tolerance)
+        solution = run_solver(recurrence, self.config.prefill_passes, self.config.tolerance)
         if solver == "sequential" and any(recurrence.kwargs[name] for name in RECORDED):
             # The states being known, one pass over all positions records what single steps recorded one by one.
             recurrence.sweep(solution.hidden_states)

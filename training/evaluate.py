@@ -11,7 +11,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from data import bytes_per_token, load_corpus, read_text, sample_blocks, token_blocks
 from datasets import Dataset
@@ -74,8 +73,9 @@ def main() -> None:
     parser.add_argument("--max_blocks", type=int, help="a sample of the blocks; default: all")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    for name in ("passes", "batch_size", "max_blocks"):
-        if np.min(getattr(arguments, name) or 1) < 1 or getattr(arguments, name) == 0:
+    counts = {"passes": arguments.passes, "batch_size": [arguments.batch_size], "max_blocks": [arguments.max_blocks]}
+    for name, values in counts.items():
+        if any(value is not None and value < 1 for value in values):
             raise RunError(f"--{name} must be at least 1.")
     model = load_model(arguments.checkpoint)
     tokenizer = load_tokenizer(arguments.checkpoint)

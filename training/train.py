@@ -52,7 +52,7 @@ PRESETS: dict[str, dict | None] = {
 }
 """Name → fields of `StatefulGPTConfig`. With the same sizes, all presets have the same number of parameters."""
 
-OURS = ("gateloop", "stateful_gpt")
+OURS = (GateLoopConfig.model_type, StatefulGPTConfig.model_type)
 
 
 @dataclass
@@ -163,7 +163,7 @@ class SteppingTrainer(Trainer):
 
 def stepped(model: PreTrainedModel) -> dict[str, str]:
     """The arguments with which a model's forward steps through the sequence; none for a plain model."""
-    return {"solver": "sequential"} if model.config.model_type == "stateful_gpt" else {}
+    return {"solver": "sequential"} if model.config.model_type == StatefulGPTConfig.model_type else {}
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -249,7 +249,7 @@ def continued_model(
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "dropout", "decoder_config"):
         if getattr(arguments, name) != getattr(defaults, name):
             raise RunError(f"--{name} is for a model from scratch; {arguments.model_name_or_path} has its own.")
-    stateful = model.config.model_type == "stateful_gpt"
+    stateful = model.config.model_type == StatefulGPTConfig.model_type
     as_it_is = arguments.preset is None and model.config.model_type in OURS
     if stateful and not as_it_is:
         raise RunError(f"{arguments.model_name_or_path} has its feedback already; leave out --preset.")
@@ -380,7 +380,8 @@ def train(
 
     `prepared` returns the data, for a caller that has made it already.
     """
-    folder, results_file = Path(training_arguments.output_dir), Path(training_arguments.output_dir) / "results.json"
+    folder = Path(training_arguments.output_dir)
+    results_file = folder / "results.json"
     settings = settings_of(model_arguments, data_arguments, training_arguments)
     if data_arguments.max_eval_samples < 1:
         raise RunError("--max_eval_samples must be at least 1.")
