@@ -5,14 +5,19 @@ Importing this package registers its models with transformers' Auto classes.
 
 from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import StatefulGPTConfig
-from .modeling_gateloop import GateLoopForCausalLM, GateLoopModel
+from .conversion import convert_gateloop_transformer, convert_simple_gate_loop_layer
+from .modeling_gateloop import GateLoopForCausalLM, GateLoopLayer, GateLoopModel, SimpleGateLoopLayer
 from .modeling_stateful_gpt import StatefulGPTForCausalLM, StatefulGPTModel
 
 __all__ = [
     "GateLoopConfig",
     "GateLoopForCausalLM",
+    "GateLoopLayer",
     "GateLoopModel",
+    "SimpleGateLoopLayer",
     "StatefulGPTConfig",
     "StatefulGPTForCausalLM",
     "StatefulGPTModel",
+    "convert_gateloop_transformer",
+    "convert_simple_gate_loop_layer",
 ]

@@ -5,11 +5,14 @@ assisted decoding; keyword arguments are not.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from .gate_loop import gate_loop
 
 
 class LastHiddenStateLayer(DynamicSlidingWindowLayer):
@@ -42,14 +45,118 @@ class LastHiddenStateLayer(DynamicSlidingWindowLayer):
         return self.keys[:, 0, -1], self.values[:, 0, -1, 0].bool()
 
 
+class GateLoopStateLayer(CacheLayerMixin):
+    """The state of a GateLoop layer: a few numbers for each head, however long the sequence.
+
+    While the past is recorded, it also keeps the inputs of the tokens since the last `crop`, so that `crop` can run the
+    recurrence again over those that remain.
+    """
+
+    _layer_type = "gateloop"
+    is_compileable = True
+    is_croppable = True
+    supports_early_init = False
+    # The masks of attention layers are sized by the first layer of the cache that does not say True here.
+    is_sliding = True
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.record_past = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.state: torch.Tensor | None = None
+        self.seen = 0
+        self.state_before: torch.Tensor | None = None
+        self.recorded: dict[str, torch.Tensor] | None = None
+
+    def update(  # type: ignore[override]
+        self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, g: torch.Tensor, phase: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the recurrence on from the state (arguments as in `gate_loop`); returns y and the new state."""
+        self.device = k.device
+        self.seen += k.shape[1]
+        if self.record_past:
+            new = {name: z for name, z in (("k", k), ("v", v), ("g", g), ("phase", phase)) if z is not None}
+            if self.recorded is None:
+                self.state_before, self.recorded = self.state, new
+            else:
+                self.recorded = {name: torch.cat([z, new[name]], dim=1) for name, z in self.recorded.items()}
+        y, self.state = gate_loop(q, k, v, g, phase, initial_state=self.state, output_final_state=True)
+        return y, self.state
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens, at most those since the last crop."""
+        if tokens_to_remove > 0:
+            raise ValueError("Say how many tokens to remove as a negative number.")
+        recorded = self.recorded["k"].shape[1] if self.recorded is not None else 0
+        if (keep := recorded + tokens_to_remove) < 0:
+            raise RuntimeError(
+                f"Cannot remove {-tokens_to_remove} tokens: {recorded} were recorded since the last crop. Call "
+                f"`activate_past_recording` on the cache before the tokens that may have to be removed."
+            )
+        if tokens_to_remove < 0:
+            self.seen += tokens_to_remove
+            self.state = self.state_before
+            if keep > 0:
+                kept = {name: z[:, :keep] for name, z in self.recorded.items()}
+                _, self.state = gate_loop(kept["k"], **kept, initial_state=self.state_before, output_final_state=True)
+        self.state_before = self.recorded = None
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """There is nothing to allocate: the first update brings the state."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        self.each(lambda z: z.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.state is not None:
+            self.each(lambda z: z.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.each(lambda z: z.index_select(0, beam_idx.to(z.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.each(lambda z: z.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.each(lambda z: z[indices])
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Changes every tensor, all of which have the batch first."""
+        self.state, self.state_before = (None if z is None else change(z) for z in (self.state, self.state_before))
+        if self.recorded is not None:
+            self.recorded = {name: change(z) for name, z in self.recorded.items()}
+
+
+# As it never grows, it serves a static cache as well.
+STATIC_LAYER_TYPE_MAPPING["gateloop"] = GateLoopStateLayer
+
+
+def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
+    """Gives a cache that was made without a configuration, and is empty, the layers that `config` asks for."""
+    if not cache.layers:
+        cache.layers = DynamicCache(config=config).layers
+
+
 def last_hidden_state_layer(cache: Cache, text_config: PreTrainedConfig) -> LastHiddenStateLayer:
     """The state's layer of `cache`; appended behind the layers of the language model `text_config` if it is missing."""
     for layer in cache.layers:
         if isinstance(layer, LastHiddenStateLayer):
             return layer
-    if not cache.layers:
-        # A cache made without a config grows by index, so the language model's layers must stand first.
-        cache.layers = DynamicCache(config=text_config).layers
+    fill_in_layers(cache, text_config)
     layer = LastHiddenStateLayer()
     cache.layers.append(layer)
     return layer

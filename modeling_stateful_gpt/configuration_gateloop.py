@@ -12,10 +12,16 @@ class GateLoopConfig(PreTrainedConfig):
     it is a plain GPT.
 
     Args:
-        layer_types: one entry per layer, each a key of `TOKEN_MIXERS` in `modeling_gateloop.py`.
+        layer_types: one entry per layer, each a key of `TOKEN_MIXERS` in `modeling_gateloop.py`: `"full_attention"` or
+            `"gateloop"`, in any mixture.
+        gateloop_num_heads: heads of the GateLoop layers, each with one transition and a state of
+            `(hidden_size / gateloop_num_heads)²` numbers; as many as channels by default.
+        state_transition: what the GateLoop layers multiply their state by: `"complex"`, `"signed"` (real), `"positive"`
+            or `"cartesian"`, a key of `TRANSITIONS` in `modeling_gateloop.py`.
+        gateloop_output_norm: a LayerNorm over what the GateLoop layers read from their state.
         num_key_value_heads: fewer than `num_attention_heads` for grouped-query attention.
         position_embedding_type: `"rope"`, or `"none"`: no positions but those that the causal mask implies.
-        mlp_type: `"gelu"` or `"swiglu"`, a key of `MLPS` in `modeling_gateloop.py`.
+        mlp_type: `"gelu"` or `"swiglu"`, a key of `MLPS` in `modeling_gateloop.py`; `mlp_bias`: whether it has biases.
         hidden_dropout: dropout on the embeddings and on what each block adds to the residual stream.
     """
 
@@ -30,9 +36,13 @@ class GateLoopConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     layer_types: list[str] | None = None
+    gateloop_num_heads: int | None = None
+    state_transition: str = "complex"
+    gateloop_output_norm: bool = False
     position_embedding_type: str = "rope"
     rope_parameters: RopeParameters | dict | None = None
     mlp_type: str = "gelu"
+    mlp_bias: bool = False
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
@@ -51,6 +61,8 @@ class GateLoopConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.gateloop_num_heads is None:
+            self.gateloop_num_heads = self.hidden_size
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
@@ -73,6 +85,11 @@ class GateLoopConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
+            )
+        if self.gateloop_num_heads < 1 or self.hidden_size % self.gateloop_num_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of gateloop_num_heads "
+                f"({self.gateloop_num_heads})."
             )
         if self.position_embedding_type not in ("rope", "none"):
             raise ValueError(f"position_embedding_type must be 'rope' or 'none', not {self.position_embedding_type!r}.")

@@ -5,15 +5,18 @@ from typing import Any
 from transformers import Cache, GenerationMixin
 
 from .cache import last_hidden_state_layer
+from .modeling_gateloop import GateLoopForCausalLM, position_limit
 
 
 class StatefulGenerationMixin(GenerationMixin):
     """The state is a layer of the cache that `generate()` builds; all decoding methods then carry it along."""
 
+    create_masks_for_generate = staticmethod(GateLoopForCausalLM.create_masks_for_generate)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        limit = position_limit(self.config.text_config)
         if limit is not None and max_cache_length > limit:
             raise ValueError(
                 f"Prompt and new tokens together may become {max_cache_length + 1} tokens; the model's "
@@ -28,16 +31,6 @@ class StatefulGenerationMixin(GenerationMixin):
             layer = last_hidden_state_layer(cache, self.config.text_config)
             if generation_config.is_assistant:
                 layer.activate_past_recording()
-
-    # transformers reads the signature to learn whether inputs_embeds can be passed on.
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-        # For a static cache transformers makes the mask 4-D here, but only the 2-D one tells what is padding. The
-        # language model makes its own.
-        inputs["attention_mask"] = attention_mask.to(self.device) if attention_mask is not None else None
-        return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs(model_kwargs)

@@ -4,12 +4,21 @@ Read from the bottom for the whole and from the top for the parts: token mixers,
 A new layer type is one class with the interface of `Attention` and one entry in `TOKEN_MIXERS`.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,7 +29,9 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache import fill_in_layers
 from .configuration_gateloop import GateLoopConfig
+from .gate_loop import gate_loop, linear_scan
 
 T = TypeVar("T")
 
@@ -102,14 +113,260 @@ class Attention(nn.Module):
         return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-TOKEN_MIXERS = {"full_attention": Attention}
+class Magnitude(nn.Linear):
+    """The projection to the logits of the transitions' magnitudes `|a|`, one for each of H heads.
+
+    Its biases spread the memory horizons, the numbers of steps `-1 / log|a|` after which 1/e of a state is left,
+    evenly on a logarithmic scale from 1 to `LONGEST_HORIZON`: text depends on its past at every scale, and a head
+    whose horizon is short at first gets no gradient from what lies beyond it.
+    """
+
+    LONGEST_HORIZON = 1024
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.spread_horizons()
+
+    @torch.no_grad()
+    def spread_horizons(self) -> None:
+        log_horizons = torch.linspace(0, math.log(self.LONGEST_HORIZON), self.out_features, dtype=torch.float64)
+        # logit(exp(-1/τ)) without rounding 1 - exp(-1/τ).
+        init.copy_(self.bias, -torch.expm1(log_horizons.neg().exp()).log())
+
+
+def in_full_precision(z: torch.Tensor) -> torch.Tensor:
+    """Transitions need it: in bf16, 0.998 and 1 are neighbours."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+class PositiveTransition(nn.Module):
+    """`a = σ(magnitude(x))`: heads `[B, T, H]` of the log magnitude, and no phase."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.magnitude = Magnitude(hidden_size, num_heads)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return nn.functional.logsigmoid(in_full_precision(self.magnitude(x))), None
+
+
+class ComplexTransition(PositiveTransition):
+    """`a = σ(magnitude(x)) exp(i·phase(x))`, the paper's."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__(hidden_size, num_heads)
+        self.phase = nn.Linear(hidden_size, num_heads)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        g, _ = super().forward(x)
+        return g, in_full_precision(self.phase(x))
+
+
+class SignedTransition(ComplexTransition):
+    """`a = σ(magnitude(x)) cos(phase(x))`, the real part of the complex transition."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        g, phase = super().forward(x)
+        cos = phase.cos()
+        return g + cos.abs().clamp(min=torch.finfo(cos.dtype).tiny).log(), cos < 0
+
+
+class CartesianTransition(nn.Module):
+    """`a = σ(|z|) z/|z|` with `z(x)` complex, the transition of the package gateloop-transformer. Its magnitude is at
+    least 1/2: it cannot forget quickly."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.z = nn.Linear(hidden_size, 2 * num_heads)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = torch.view_as_complex(in_full_precision(self.z(x)).unflatten(-1, (-1, 2)))
+        return nn.functional.logsigmoid(z.abs()), z.angle()
+
+
+TRANSITIONS: dict[str, type[nn.Module]] = {
+    "complex": ComplexTransition,
+    "signed": SignedTransition,
+    "positive": PositiveTransition,
+    "cartesian": CartesianTransition,
+}
+
+
+class GateLoopLayer(nn.Module):
+    """The GateLoop recurrence between projections (Katsch 2023, arXiv 2311.01927, section 3), for any network.
+
+    Its past is a state of fixed size, so that a sequence can be processed in pieces, and one token costs the same
+    however many came before.
+
+    Args:
+        hidden_size: D, the width of input and output.
+        num_heads: H, a divisor of D; as many as channels by default. Each head has its own transition and a state of
+            `(D/H)²` numbers.
+        state_transition: `"complex"`, `"signed"`, `"positive"` or `"cartesian"`; see `TRANSITIONS`.
+        output_norm: a LayerNorm over what is read from the states, before the gate.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int | None = None,
+        state_transition: str = "complex",
+        output_norm: bool = False,
+    ):
+        super().__init__()
+        self.num_heads = num_heads or hidden_size
+        if hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of num_heads ({num_heads}).")
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.transition = look_up(TRANSITIONS, state_transition, "state_transition")(hidden_size, self.num_heads)
+        self.norm = nn.LayerNorm(hidden_size) if output_norm else nn.Identity()
+        self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = ResidualProjection(hidden_size, hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+        real: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            x: `[B, T, D]`.
+            initial_state: the state after what came before, `[B, H, D/H, D/H]`, as an earlier call returned it.
+            output_final_state: whether to return the state after the last position; None is returned otherwise.
+            real: `[B, T]`, False on padding, which leaves the state as it is.
+            starts: `[B, T]`, True where a new sequence begins, from an empty state.
+
+        Returns:
+            The output `[B, T, D]` and the state.
+        """
+        y, state = gate_loop(
+            *self.project(x, real, starts), initial_state=initial_state, output_final_state=output_final_state
+        )
+        return self.read(x, y), state
+
+    def project(
+        self, x: torch.Tensor, real: torch.Tensor | None, starts: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """q, k, v, g and phase of the recurrence."""
+        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        g, phase = self.transition(x)
+        if real is not None:
+            k = torch.where(real[..., None, None], k, 0)
+            g = torch.where(real[..., None], g, 0)
+            phase = None if phase is None else torch.where(real[..., None], phase, 0).to(phase.dtype)
+        if starts is not None:
+            g = g.masked_fill(starts[..., None], -torch.inf)
+        return q, k, v, g, phase
+
+    def read(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.o_proj(nn.functional.silu(self.gate_proj(x)) * self.norm(y.flatten(-2)))
+
+
+class GateLoopMixer(GateLoopLayer):
+    """The layer as a token mixer of the decoder, its state in the cache."""
+
+    def __init__(self, config: GateLoopConfig, layer_idx: int):
+        super().__init__(
+            config.hidden_size, config.gateloop_num_heads, config.state_transition, config.gateloop_output_norm
+        )
+        self.layer_idx = layer_idx
+
+    @staticmethod
+    def create_mask(
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`real` and `starts` of `GateLoopLayer.forward`, None where they would change nothing.
+
+        A token begins a sequence if the mask hides all tokens before it, or, without a mask and a cache, if its
+        position does not follow its predecessor's.
+        """
+        batch, length, _ = inputs_embeds.shape
+        if attention_mask is not None and attention_mask.ndim == 2:
+            if not torch.compiler.is_compiling() and attention_mask.all():
+                return None, None
+            real = attention_mask[:, -length:].bool()
+            return real, real & (attention_mask.long().cumsum(-1)[:, -length:] == 1)
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            return None, nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0)).expand(batch, -1)
+        return None, None
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        mask: tuple[torch.Tensor | None, torch.Tensor | None],
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """`hidden_states` `[B, T, D]` → the mixed `[B, T, D]`; there are no attention weights."""
+        q, k, v, g, phase = self.project(hidden_states, *mask)
+        if past_key_values is None:
+            y, _ = gate_loop(q, k, v, g, phase)
+        else:
+            y, _ = past_key_values.update(k, v, self.layer_idx, q=q, g=g, phase=phase)
+        return self.read(hidden_states, y), None
+
+
+class SimpleGateLoopLayer(nn.Module):
+    """The recurrence reduced to `h_t = a_t h_{t-1} + kv_t`, `y_t = q_t h_t` in every channel, with `a = σ(a_proj(x))`.
+
+    One real number of state and three projections for each channel: a light companion to attention (the
+    `SimpleGateLoopLayer` of gateloop-transformer, which it computes). The caller adds the residual.
+
+    Args:
+        hidden_size: D, the width of input and output.
+        reverse: run backwards in time. The state then travels backwards too; the final one is at the first position.
+        eps: of the RMSNorm before the projections.
+    """
+
+    def __init__(self, hidden_size: int, reverse: bool = False, eps: float = 1e-6):
+        super().__init__()
+        self.reverse = reverse
+        self.norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.kv_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.a_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+        real: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`x` `[B, T, D]` → `y` `[B, T, D]` and, if asked for, the final state `[B, D]`; `real` `[B, T]` is False on
+        padding, which leaves the state as it is."""
+        normed = self.norm(x)
+        a, kv = in_full_precision(self.a_proj(normed)).sigmoid(), self.kv_proj(normed)
+        if real is not None:
+            a, kv = torch.where(real[..., None], a, 1), torch.where(real[..., None], kv, 0)
+        if self.reverse:
+            a, kv = a.flip(1), kv.flip(1)
+        if initial_state is None:
+            initial_state = torch.zeros_like(a[:, 0])
+        h = linear_scan(a, kv.to(a.dtype), initial_state.to(a.dtype))
+        final_state = h[:, -1].clone() if output_final_state else None
+        if self.reverse:
+            h = h.flip(1)
+        return self.q_proj(normed) * h.to(x.dtype), final_state
+
+
+TOKEN_MIXERS: dict[str, Any] = {"full_attention": Attention, "gateloop": GateLoopMixer}
 
 
 class GELUMLP(nn.Module):
     def __init__(self, config: GateLoopConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.gelu(self.up_proj(x)))
@@ -120,9 +377,9 @@ class SwiGLUMLP(nn.Module):
 
     def __init__(self, config: GateLoopConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -175,6 +432,8 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         if isinstance(module, ResidualProjection):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, Magnitude):
+            module.spread_horizons()
 
 
 def embed_tokens(embedding: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
@@ -189,8 +448,15 @@ def embed_tokens(embedding: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         ) from error
 
 
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """How many positions the model of `config` can tell apart; None where no layer attends, so that none are told."""
+    if not any("attention" in layer_type for layer_type in getattr(config, "layer_types", None) or ["attention"]):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
 def check_inputs(
-    config: GateLoopConfig,
+    config: PreTrainedConfig,
     length: int,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
@@ -204,7 +470,7 @@ def check_inputs(
     if torch.compiler.is_compiling():
         return
     past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = position_limit(config)
     if limit is not None and past + length > limit:
         raise ValueError(
             f"The sequence has {past + length} tokens; the model's max_position_embeddings is {limit}. Shorten the "
@@ -232,7 +498,8 @@ class GateLoopModel(GateLoopPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.rotary_emb = LlamaRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        rotary = config.position_embedding_type == "rope" and "full_attention" in config.layer_types
+        self.rotary_emb = LlamaRotaryEmbedding(config) if rotary else None
         self.layers = nn.ModuleList(GateLoopDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -265,9 +532,8 @@ class GateLoopModel(GateLoopPreTrainedModel):
         check_inputs(self.config, length, attention_mask, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            position_ids = default_position_ids(length, attention_mask, past_key_values, inputs_embeds.device)
-
+        if past_key_values is not None:
+            fill_in_layers(past_key_values, self.config)
         masks = {
             layer_type: TOKEN_MIXERS[layer_type].create_mask(
                 config=self.config,
@@ -278,6 +544,8 @@ class GateLoopModel(GateLoopPreTrainedModel):
             )
             for layer_type in set(self.config.layer_types)
         }
+        if position_ids is None:
+            position_ids = default_position_ids(length, attention_mask, past_key_values, inputs_embeds.device)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb is not None else None
         hidden_states = self.dropout(inputs_embeds)
         # Early exit in assisted decoding lowers the number for a while.
@@ -295,6 +563,12 @@ class GateLoopModel(GateLoopPreTrainedModel):
 
 class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
+        """For a static cache transformers would make the 4-D mask of attention here, but each token mixer makes its
+        own, and only the 2-D mask tells what is padding."""
+        return attention_mask
 
     def __init__(self, config: GateLoopConfig):
         super().__init__(config)

@@ -23,6 +23,10 @@ LLAMA_LIKE = {
 BACKBONES = {
     "gateloop": lambda: GateLoopConfig(**LLAMA_LIKE),
     "gateloop-nope": lambda: GateLoopConfig(**LLAMA_LIKE, position_embedding_type="none", mlp_type="swiglu"),
+    "gateloop-pure": lambda: GateLoopConfig(**LLAMA_LIKE, layer_types=["gateloop"] * 2),
+    "gateloop-hybrid": lambda: GateLoopConfig(
+        **LLAMA_LIKE, layer_types=["gateloop", "full_attention"], gateloop_num_heads=4, gateloop_output_norm=True
+    ),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=False, **NO_SPECIAL_TOKENS
     ),

@@ -7,6 +7,7 @@ The options are those below and everything transformers' TrainingArguments offer
 command again goes on from there. The output folder then holds a checkpoint that `from_pretrained` loads.
 """
 
+import copy
 import json
 import signal
 import sys
@@ -43,14 +44,28 @@ from modeling_stateful_gpt import (
 
 logger = logging.get_logger("training")
 
-PRESETS: dict[str, dict | None] = {
-    # The plain GPT: no feedback, and no wrapper either.
-    "gpt": None,
+
+@dataclass(frozen=True)
+class Preset:
+    """`decoder`: fields of `GateLoopConfig`, in which `layer_types` is a pattern that is repeated over the depth.
+    `stateful`: fields of `StatefulGPTConfig`; None for the decoder alone."""
+
+    decoder: dict = field(default_factory=dict)
+    stateful: dict | None = None
+
+
+PRESETS = {
+    "gpt": Preset(),
+    "gateloop": Preset({"layer_types": ["gateloop"]}),
+    # Its two ablations.
+    "gateloop_signed": Preset({"layer_types": ["gateloop"], "state_transition": "signed"}),
+    "gateloop_positive": Preset({"layer_types": ["gateloop"], "state_transition": "positive"}),
+    "hybrid": Preset({"layer_types": ["gateloop", "full_attention"]}),
     # The control: the same fusion, fed with the previous token's embedding.
-    "token_shift": {"feedback": "gated_add", "feedback_source": "embedding"},
-    "stateful": {"feedback": "gated_add", "num_passes": 3},
+    "token_shift": Preset(stateful={"feedback": "gated_add", "feedback_source": "embedding"}),
+    "stateful": Preset(stateful={"feedback": "gated_add", "num_passes": 3}),
 }
-"""Name → fields of `StatefulGPTConfig`. With the same sizes, all presets have the same number of parameters."""
+"""With the same sizes, all presets have the same number of parameters."""
 
 OURS = (GateLoopConfig.model_type, StatefulGPTConfig.model_type)
 
@@ -77,7 +92,10 @@ class ModelArguments:
     )
     decoder_config: str = field(
         default="{}",
-        metadata={"help": 'Further fields of GateLoopConfig as JSON, e.g. \'{"mlp_type": "swiglu"}\'.'},
+        metadata={
+            "help": 'Further fields of GateLoopConfig as JSON, e.g. \'{"mlp_type": "swiglu"}\'; layer_types '
+            "is a pattern that is repeated over the depth."
+        },
     )
 
 
@@ -214,17 +232,16 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
         raise RunError(f"There is no preset {arguments.preset!r}; choose from {sorted(PRESETS)}.")
     preset = PRESETS[arguments.preset or "stateful"]
     stateful = config_fields("--stateful_config", arguments.stateful_config, StatefulGPTConfig)
-    if preset is None and stateful:
+    if preset.stateful is None and stateful:
         raise RunError("--stateful_config is for a preset with feedback; leave it out.")
-    feedback = {**(preset or {}), "pass_seed": seed, **stateful}
-    decoder = config_fields("--decoder_config", arguments.decoder_config, GateLoopConfig)
+    feedback = None if preset.stateful is None else {**preset.stateful, "pass_seed": seed, **stateful}
+    decoder = {**preset.decoder, **config_fields("--decoder_config", arguments.decoder_config, GateLoopConfig)}
     model = load_model(arguments.model_name_or_path) if arguments.model_name_or_path else None
     try:
         if model is None:
-            config = decoder_config(arguments, data_arguments, tokenizer, decoder)
-            model = GateLoopForCausalLM(config) if preset is None else matched_stateful_model(config, feedback)
+            model = matched_model(decoder_config(arguments, data_arguments, tokenizer, decoder), feedback)
         else:
-            model = continued_model(arguments, model, preset, feedback)
+            model = continued_model(arguments, model, feedback)
     except (StrictDataclassError, ValueError) as error:
         raise RunError(str(error.__cause__ or error)) from error
     text_config = model.config.get_text_config()
@@ -241,11 +258,11 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
     return model
 
 
-def continued_model(
-    arguments: ModelArguments, model: PreTrainedModel, preset: dict | None, feedback: dict
-) -> PreTrainedModel:
+def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback: dict | None) -> PreTrainedModel:
     """The loaded model as it is, or with feedback around it."""
     defaults = ModelArguments()
+    if arguments.preset is not None and PRESETS[arguments.preset].decoder:
+        raise RunError(f"--preset {arguments.preset} is for a model from scratch; choose one of the feedback, or none.")
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "dropout", "decoder_config"):
         if getattr(arguments, name) != getattr(defaults, name):
             raise RunError(f"--{name} is for a model from scratch; {arguments.model_name_or_path} has its own.")
@@ -253,7 +270,7 @@ def continued_model(
     as_it_is = arguments.preset is None and model.config.model_type in OURS
     if stateful and not as_it_is:
         raise RunError(f"{arguments.model_name_or_path} has its feedback already; leave out --preset.")
-    if not as_it_is and preset is not None:
+    if not as_it_is and feedback is not None:
         return StatefulGPTForCausalLM.from_backbone(model, **feedback)
     if arguments.stateful_config != defaults.stateful_config:
         raise RunError("--stateful_config needs a --preset with feedback, or a plain model to put feedback around.")
@@ -287,7 +304,10 @@ def decoder_config(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return GateLoopConfig(**{**sizes, **more})
+    fields = {**sizes, **more}
+    if pattern := fields.get("layer_types"):
+        fields["layer_types"] = [pattern[i % len(pattern)] for i in range(fields["num_hidden_layers"])]
+    return GateLoopConfig(**fields)
 
 
 def load_model(path: str) -> PreTrainedModel:
@@ -323,16 +343,24 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise RunError(f"The tokenizer {name} cannot be loaded ({type(error).__name__}: {error}).") from error
 
 
-def matched_stateful_model(decoder: GateLoopConfig, fields: dict) -> StatefulGPTForCausalLM:
-    """A model with as many parameters as the plain `decoder` has: what the fusion takes, the MLPs give."""
-    config = StatefulGPTConfig(text_config=decoder, **fields)
+def matched_model(decoder: GateLoopConfig, feedback: dict | None) -> PreTrainedModel:
+    """A model with as many parameters as the plain GPT of the same sizes: what other layers and the fusion take, the
+    MLPs give."""
+    gpt = copy.deepcopy(decoder)
+    gpt.layer_types = ["full_attention"] * gpt.num_hidden_layers
+
+    def build() -> PreTrainedModel:
+        if feedback is None:
+            return GateLoopForCausalLM(decoder)
+        return StatefulGPTForCausalLM(StatefulGPTConfig(text_config=decoder, **feedback))
+
     with torch.device("meta"):
-        surplus = count_parameters(StatefulGPTForCausalLM(config)) - count_parameters(GateLoopForCausalLM(decoder))
+        surplus = count_parameters(build()) - count_parameters(GateLoopForCausalLM(gpt))
     matrices = {"gelu": 2, "swiglu": 3}[decoder.mlp_type]
     decoder.intermediate_size -= round(surplus / (matrices * decoder.hidden_size * decoder.num_hidden_layers))
     if decoder.intermediate_size < 1:
-        raise ValueError("The MLPs are too small to give the fusion its parameters; raise intermediate_size.")
-    return StatefulGPTForCausalLM(config)
+        raise ValueError("The MLPs are too small to give the other layers their parameters; raise intermediate_size.")
+    return build()
 
 
 def check_folder(folder: Path, settings: dict) -> None:

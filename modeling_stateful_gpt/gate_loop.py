@@ -1,0 +1,335 @@
+"""The GateLoop recurrence as pure functions (Katsch 2023, arXiv 2311.01927, section 3).
+
+    S_t = a_t S_{t-1} + k_t ⊗ v_t,    y_t = q_t · Re(S_t),    a_t = exp(g_t + i·phase_t)
+
+Three evaluations of the same equation, with the layouts of flash-linear-attention:
+
+- `recurrent_gate_loop`, a loop over the sequence: the reference, and a step of decoding;
+- `scan_gate_loop`, all states by a blocked scan: best for narrow heads, whose state is a few numbers;
+- `chunk_gate_loop`, matrix products within chunks and a scan over chunks: best for wide heads.
+
+`gate_loop` picks one. All take
+
+- `q`, `k`: `[B, T, H, K]`; `v`: `[B, T, H, V]`;
+- `g`: the log of the transition's magnitude, at most 0, `[B, T, H]`; −∞ forgets all of the past;
+- `phase`: the transition's angle, `[B, T, H]`, in radians; or a boolean tensor, True where the transition is negative;
+  or None, where it is positive. In the last two cases the state is real;
+- `initial_state`: S before the first position, `[B, H, K, V]`; None for zeros;
+
+and return `y`, `[B, T, H, V]`, of the type of v, and with `output_final_state` the state after the last position (else
+None). They compute in fp32, or in fp64 where an input is fp64, whatever autocast says; the state is of that type, or of
+its complex one. Gradients flow to every input but a boolean one. Shapes that do not fit together raise a ValueError.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import pad
+
+try:
+    from fla.ops.simple_gla import chunk_simple_gla
+except ImportError:
+    chunk_simple_gla = None
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+SCAN_BLOCK = 8
+"""Positions in a block of the scan: few, so that each of its steps is one long vector operation."""
+SCAN_MAX_STATE = 64
+"""K·V up to which the scan, which writes every state to memory, is faster than chunks."""
+CHUNK = 64
+FORGET = -1000.0
+"""What stands for g = −∞ where it is summed: its exponential is zero in every type, its differences are numbers."""
+
+
+def evaluation(evaluate: Callable) -> Callable[..., Result]:
+    """Checks the arguments, has them in one type, and hands back what a caller expects."""
+
+    @functools.wraps(evaluate)
+    def wrapper(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        phase: torch.Tensor | None = None,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> Result:
+        check_shapes(q, k, v, g, phase, initial_state)
+        dtype = torch.promote_types(
+            functools.reduce(torch.promote_types, (z.dtype for z in (q, k, v, g))), torch.float32
+        )
+        turns = phase is not None and phase.dtype != torch.bool
+        state_dtype = COMPLEX[dtype] if turns else dtype
+        with torch.autocast(q.device.type, enabled=False):
+            if initial_state is None:
+                state = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1], dtype=state_dtype)
+            else:
+                state = initial_state.to(state_dtype)
+            q, k, v_, g = (z.to(dtype) for z in (q, k, v, g))
+            y, state = evaluate(q, k, v_, g, phase.to(dtype) if turns else phase, state)
+        return y.to(v.dtype), state if output_final_state else None
+
+    return wrapper
+
+
+def check_shapes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    phase: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> None:
+    if q.ndim != 4 or v.ndim != 4 or q.shape[1] == 0:
+        raise ValueError(f"q and v must be [B, T, H, K] and [B, T, H, V], T at least 1; got {q.shape} and {v.shape}.")
+    expected = {
+        "k": (k, q.shape),
+        "v": (v, (*q.shape[:3], v.shape[-1])),
+        "g": (g, q.shape[:3]),
+        "phase": (phase, q.shape[:3]),
+        "initial_state": (initial_state, (q.shape[0], *q.shape[2:], v.shape[-1])),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != torch.Size(shape):
+            raise ValueError(f"{name} is {list(tensor.shape)}; with q {list(q.shape)} it must be {list(shape)}.")
+
+
+def transition(g: torch.Tensor, phase: torch.Tensor | None) -> torch.Tensor:
+    """a = exp(g + i·phase), `[B, T, H]`; real where the phase is a sign or None."""
+    if phase is None:
+        return g.exp()
+    if phase.dtype == torch.bool:
+        return torch.where(phase, -g.exp(), g.exp())
+    magnitude = g.exp()
+    return torch.complex(magnitude * phase.cos().to(g.dtype), magnitude * phase.sin().to(g.dtype))
+
+
+@evaluation
+def recurrent_gate_loop(q, k, v, g, phase, state):
+    """The recurrence as it is written, one position after the other."""
+    a = transition(g, phase)[..., None, None]
+    y = []
+    for t in range(q.shape[1]):
+        state = a[:, t] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        y.append((q[:, t, :, None] @ state.real)[:, :, 0])
+    return torch.stack(y, dim=1), state
+
+
+@evaluation
+def scan_gate_loop(q, k, v, g, phase, state):
+    """All states, elementwise, by `linear_scan`. The backward pass needs the states, T·H·K·V numbers, and no more."""
+    states = linear_scan(transition(g, phase)[..., None, None], k[..., None] * v[..., None, :], state)
+    return (q[..., None] * states.real).sum(-2), states[:, -1].clone()
+
+
+@evaluation
+def chunk_gate_loop(q, k, v, g, phase, state):
+    """Within a chunk, causal attention with the weights `(q_i · k_j) Re(a_{j+1} ⋯ a_i)`; from chunk to chunk, the
+    recurrence (the block decomposition of Dao and Gu 2024, arXiv 2405.21060, section 6)."""
+    length = q.shape[1]
+    # Positions that are appended neither forget nor add.
+    q, k, v, g, phase = (in_chunks(z) for z in (q, k, v, g.clamp(min=FORGET), phase))
+    g = precise(g).cumsum(-1)
+    phase = sum_of(phase, -1)
+    q, k = turned(q, phase), turned(k, phase)
+
+    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    decay = (g[..., :, None] - g[..., None, :]).to(q.dtype).masked_fill(later, -torch.inf).exp()
+    y = (q @ k.transpose(-1, -2) * decay) @ v
+
+    since_start, last_phase = g.to(q.dtype).exp(), None if phase is None else phase[..., -1]
+    added = turned_back((k * decay[..., -1, :, None]).transpose(-1, -2) @ v, last_phase)
+    a = transition(g[..., -1].to(q.dtype), last_phase)
+    states = linear_scan(a[..., None, None], added, state)
+    before = torch.cat([state[:, None], states[:, :-1]], dim=1)
+    y = y + (q * since_start[..., None]) @ side_by_side(before)
+    return y.transpose(2, 3).flatten(1, 2)[:, :length], states[:, -1].clone()
+
+
+@evaluation
+def fused_gate_loop(q, k, v, g, phase, state):
+    """`chunk_gate_loop` by a kernel of flash-linear-attention."""
+    phase = sum_of(phase, 1)
+    y, state = chunk_simple_gla(
+        turned(q, phase),
+        turned(k, phase),
+        v,
+        g.clamp(min=FORGET),
+        scale=1.0,
+        initial_state=side_by_side(state),
+        output_final_state=True,
+    )
+    return y, turned_back(state, None if phase is None else phase[:, -1])
+
+
+def in_chunks(z: torch.Tensor | None) -> torch.Tensor | None:
+    """`[B, T, H, …]` → `[B, chunks, H, CHUNK, …]`, with zeros behind."""
+    if z is None:
+        return None
+    z = pad(z, (0, 0) * (z.ndim - 2) + (0, -z.shape[1] % CHUNK))
+    return z.unflatten(1, (-1, CHUNK)).transpose(2, 3)
+
+
+def precise(z: torch.Tensor) -> torch.Tensor:
+    """For sums whose differences matter: fp64, where the device has it."""
+    return z if z.device.type == "mps" else z.double()
+
+
+# A recurrence with phases is one without: with Φ_t = phase_1 + … + phase_t, `exp(-iΦ_t) S_t` has the real transition
+# exp(g_t) and the input `exp(-iΦ_t) k_t ⊗ v_t`, and is read by `exp(iΦ_t) q_t`. Real and imaginary parts stand side by
+# side, so that the keys are twice as wide.
+
+
+def sum_of(phase: torch.Tensor | None, dim: int) -> torch.Tensor | None:
+    """Φ: the sums of the phases so far along `dim`."""
+    if phase is None:
+        return None
+    return phase.cumsum(dim) % 2 == 1 if phase.dtype == torch.bool else precise(phase).cumsum(dim)
+
+
+def turned(z: torch.Tensor, phase: torch.Tensor | None) -> torch.Tensor:
+    """q or k `[…, K]`, turned by Φ `[…]`; with angles, `[…, 2K]`."""
+    if phase is None:
+        return z
+    if phase.dtype == torch.bool:
+        return torch.where(phase[..., None], -z, z)
+    cos, sin = phase.cos().to(z.dtype)[..., None], phase.sin().to(z.dtype)[..., None]
+    return torch.cat([z * cos, z * sin], dim=-1)
+
+
+def side_by_side(state: torch.Tensor) -> torch.Tensor:
+    """A complex state `[…, K, V]` as turned queries read it, `[…, 2K, V]`; a real one as it is."""
+    return torch.cat([state.real, -state.imag], dim=-2) if state.is_complex() else state
+
+
+def turned_back(state: torch.Tensor, phase: torch.Tensor | None) -> torch.Tensor:
+    """The state `[…, K, V]` of the recurrence with phases, whose sum is `phase` `[…]`, from that of the one without."""
+    if phase is None:
+        return state
+    if phase.dtype == torch.bool:
+        return torch.where(phase[..., None, None], -state, state)
+    real, minus_imag = state.chunk(2, dim=-2)
+    turn = torch.complex(phase.cos().to(state.dtype), phase.sin().to(state.dtype))
+    return torch.complex(real, -minus_imag) * turn[..., None, None]
+
+
+# An operator of its own, so that compilers need not unroll its loops.
+@torch.library.custom_op("stateful_gpt::linear_scan", mutates_args=())
+def linear_scan(a: torch.Tensor, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """h_t = a_t h_{t-1} + x_t, elementwise.
+
+    `x` is `[B, T, …]`; `a` may have 1 in the place of a later dimension; `initial`, h before the first position, is
+    `[B, …]`. The result has the shape of x and the type of `a` and `initial`, fp32, fp64, or complex (x may be real all
+    the same). The backward pass needs `a`, `initial` and the result, nothing in between.
+    """
+    h = torch.empty_like(x, dtype=a.dtype)
+    scan_into(h, a, x.to(a.dtype), initial)
+    return h
+
+
+@linear_scan.register_fake
+def _(a, x, initial):
+    return torch.empty_like(x, dtype=a.dtype)
+
+
+@torch.library.custom_op("stateful_gpt::linear_scan_backward", mutates_args=())
+def linear_scan_backward(
+    grad: torch.Tensor, a: torch.Tensor, initial: torch.Tensor, h: torch.Tensor, x_is_real: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of a, x and initial. With e the conjugate of that of x: `e_t = conj(grad_t) + a_{t+1} e_{t+1}`, and
+    that of a_t is `conj(e_t h_{t-1})`."""
+    grad = grad.conj().resolve_conj()
+    e = torch.empty_like(grad)
+    e[:, -1] = grad[:, -1]
+    scan_into(e[:, :-1], a[:, 1:], grad[:, :-1], grad[:, -1], reverse=True)
+    da = torch.empty_like(h)
+    torch.mul(e[:, 0], initial, out=da[:, 0])
+    torch.mul(e[:, 1:], h[:, :-1], out=da[:, 1:])
+    da = da.sum_to_size(a.shape)
+    dinitial = a[:, 0] * e[:, 0]
+    if not a.is_complex():
+        return da, e, dinitial
+    return da.conj_physical_(), e.real.clone() if x_is_real else e.conj_physical_(), dinitial.conj_physical_()
+
+
+@linear_scan_backward.register_fake
+def _(grad, a, initial, h, x_is_real):
+    dx = torch.empty_like(grad.real if x_is_real else grad, memory_format=torch.contiguous_format)
+    return torch.empty_like(a), dx, torch.empty_like(initial)
+
+
+def save_for_backward(ctx, inputs, output):
+    a, x, initial = inputs
+    ctx.save_for_backward(a, initial, output)
+    ctx.x_is_real = not x.is_complex()
+
+
+linear_scan.register_autograd(
+    lambda ctx, grad: linear_scan_backward(grad, *ctx.saved_tensors, ctx.x_is_real), setup_context=save_for_backward
+)
+
+
+def scan_into(out: torch.Tensor, a: torch.Tensor, x: torch.Tensor, state: torch.Tensor, reverse: bool = False) -> None:
+    """Writes out_t = a_t out_{t-1} + x_t, starting from `state`; with `reverse`, out_t = a_t out_{t+1} + x_t.
+
+    Blocks run side by side, twice: from zero, for what each adds to the state and by how much it scales it; then, from
+    the states before them, which a scan over the blocks gives, for the results.
+    """
+
+    def first(z: torch.Tensor, n: int) -> torch.Tensor:
+        return z[:, z.shape[1] - n :] if reverse else z[:, :n]
+
+    def rest(z: torch.Tensor, n: int) -> torch.Tensor:
+        return z[:, : z.shape[1] - n] if reverse else z[:, n:]
+
+    def order(n: int) -> range:
+        return range(n - 1, -1, -1) if reverse else range(n)
+
+    blocks = x.shape[1] // SCAN_BLOCK
+    if blocks > 1:
+        done = blocks * SCAN_BLOCK
+        block_out, block_a, block_x = (first(z, done).unflatten(1, (blocks, SCAN_BLOCK)) for z in (out, a, x))
+        but_last = blocks - 1
+        a_, x_ = first(block_a, but_last), first(block_x, but_last)
+        begin, *others = order(SCAN_BLOCK)
+        added = x_[:, :, begin].clone()
+        for i in others:
+            torch.addcmul(x_[:, :, i], a_[:, :, i], added, out=added)
+        states = torch.empty_like(block_out[:, :, 0])
+        first(states, 1)[:, 0] = state
+        scan_into(rest(states, 1), a_.prod(2), added, state, reverse)
+        for i in order(SCAN_BLOCK):
+            states = torch.addcmul(block_x[:, :, i], block_a[:, :, i], states, out=block_out[:, :, i])
+        state = rest(states, but_last)[:, 0]
+        out, a, x = (rest(z, done) for z in (out, a, x))
+    for t in order(x.shape[1]):
+        state = torch.addcmul(x[:, t], a[:, t], state, out=out[:, t])
+
+
+def gate_loop(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    phase: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+) -> Result:
+    """The recurrence (see the top of this file) by the evaluation that is fastest for these shapes.
+
+    On a GPU, wide heads go through flash-linear-attention's kernel where that package is installed. That path has not
+    been measured.
+    """
+    if q.shape[1] == 1:
+        evaluate = recurrent_gate_loop
+    elif q.shape[-1] * v.shape[-1] <= SCAN_MAX_STATE:
+        evaluate = scan_gate_loop
+    elif chunk_simple_gla is not None and q.is_cuda:
+        evaluate = fused_gate_loop
+    else:
+        evaluate = chunk_gate_loop
+    return evaluate(q, k, v, g, phase, initial_state, output_final_state)
