@@ -25,5 +25,5 @@ $(VENV)/demo: pyproject.toml constraints.txt
 
 $(VENV)/test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[training,test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[training,peers,test]"
 	touch $@

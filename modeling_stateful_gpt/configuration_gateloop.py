@@ -38,7 +38,7 @@ class GateLoopConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     gateloop_num_heads: int | None = None
     state_transition: str = "complex"
-    gateloop_output_norm: bool = False
+    gateloop_output_norm: bool = True
     position_embedding_type: str = "rope"
     rope_parameters: RopeParameters | dict | None = None
     mlp_type: str = "gelu"

@@ -45,7 +45,7 @@ def convert_gateloop_transformer(state_dict: Mapping[str, torch.Tensor]) -> Gate
         qkv = take(f"{theirs}.0.fn.to_qkv.weight", no_gate_loop)
         if qkv.shape[0] != 3 * hidden_size:
             raise ValueError(
-                f"The GateLoop layers are {qkv.shape[0] // 3} wide, the model {hidden_size}; here, both must be the same."
+                f"The GateLoop layers are {qkv.shape[0] // 3} wide, the model {hidden_size}; both must be the same."
             )
         gate = take(f"{theirs}.0.fn.to_gates.0.weight", "GateLoop layers without a gate cannot be converted")
         for name, weight in zip(("q_proj", "k_proj", "v_proj"), qkv.chunk(3), strict=True):

@@ -211,7 +211,7 @@ class GateLoopLayer(nn.Module):
         hidden_size: int,
         num_heads: int | None = None,
         state_transition: str = "complex",
-        output_norm: bool = False,
+        output_norm: bool = True,
     ):
         super().__init__()
         self.num_heads = num_heads or hidden_size

@@ -59,9 +59,18 @@ def test_flex_attention_agrees():
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)
 
 
-@given(st.integers(1, 13), st.lists(st.integers(0, 6), min_size=1, max_size=3), st.booleans(), st.booleans())
-def test_padding_on_either_side_changes_no_real_token(length, pads, left, positions):
-    model = gpt(position_embedding_type="rope" if positions else "none")
+LAYERS = {
+    "attention": {},
+    "attention without positions": {"position_embedding_type": "none"},
+    "gateloop": {"layer_types": ["gateloop"] * 2},
+    "hybrid": {"layer_types": ["gateloop", "full_attention"], "gateloop_num_heads": 4, "state_transition": "signed"},
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@given(st.integers(1, 13), st.lists(st.integers(0, 6), min_size=1, max_size=3), st.booleans())
+def test_padding_on_either_side_changes_no_real_token(layers, length, pads, left):
+    model = gpt(**LAYERS[layers])
     width = length + max(pads)
     ids, mask = tokens(len(pads), width), torch.zeros(len(pads), width, dtype=torch.long)
     rows = [slice(pad, pad + length) if left else slice(0, length) for pad in pads]
@@ -73,8 +82,9 @@ def test_padding_on_either_side_changes_no_real_token(length, pads, left, positi
             torch.testing.assert_close(padded[row, real], model(ids[row : row + 1, real]).logits[0])
 
 
-def test_packed_sequences_do_not_see_each_other():
-    model, ids = gpt(), tokens(1, 12)
+@pytest.mark.parametrize("layers", LAYERS)
+def test_packed_sequences_do_not_see_each_other(layers):
+    model, ids = gpt(**LAYERS[layers]), tokens(1, 12)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     with torch.no_grad():
         packed = model(ids, position_ids=positions, use_cache=False).logits
@@ -102,10 +112,11 @@ def test_outputs_and_attention_weights_are_recorded():
         assert weights.triu(1).abs().max() == 0
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("layers", LAYERS)
+def test_gradient_checkpointing_changes_no_gradient(layers):
     gradients = []
     for checkpointing in (False, True):
-        model = gpt(hidden_dropout=0.1, attention_dropout=0.1).train()
+        model = gpt(hidden_dropout=0.1, attention_dropout=0.1, **LAYERS[layers]).train()
         if checkpointing:
             model.activation_checkpointing_enable()
         torch.manual_seed(1)

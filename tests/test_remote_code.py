@@ -45,8 +45,14 @@ torch.save({"logits": logits, "text": text, "spread": spread}, path + "/seen.pt"
 def small(name):
     if name == "gpt":
         return GateLoopForCausalLM(GateLoopConfig(hidden_size=32, num_hidden_layers=2))
+    if name == "hybrid":
+        layer_types = ["gateloop", "full_attention"]
+        return GateLoopForCausalLM(GateLoopConfig(hidden_size=32, num_hidden_layers=2, layer_types=layer_types))
     backbone = {
         "stateful": None,
+        "stateful around gateloop": GateLoopConfig(
+            hidden_size=32, num_hidden_layers=2, layer_types=["gateloop"] * 2, gateloop_num_heads=4
+        ),
         "stateful around gpt2": GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, eos_token_id=256),
         "stateful around llama": LlamaConfig(
             vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -56,7 +62,10 @@ def small(name):
     return StatefulGPTForCausalLM(StatefulGPTConfig(text_config=backbone, feedback="glu"))
 
 
-@pytest.mark.parametrize("name", ["gpt", "stateful", "stateful around gpt2", "stateful around llama"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt", "hybrid", "stateful", "stateful around gateloop", "stateful around gpt2", "stateful around llama"],
+)
 def test_a_saved_folder_loads_where_the_package_cannot_be_imported(name, tmp_path):
     torch.manual_seed(0)
     model = small(name).eval()
@@ -74,8 +83,7 @@ def test_a_saved_folder_loads_where_the_package_cannot_be_imported(name, tmp_pat
     assert seen["text"] == tokenizer.decode(expected[0])
     for parameter, spread in seen["spread"].items():
         assert spread == pytest.approx(model.get_parameter(parameter).std().item(), rel=0.3, abs=1e-3), parameter
-    resaved = StatefulGPTForCausalLM if name != "gpt" else GateLoopForCausalLM
-    torch.testing.assert_close(resaved.from_pretrained(tmp_path / "resaved")(ids).logits, model(ids).logits)
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path / "resaved")(ids).logits, model(ids).logits)
 
 
 def test_the_saved_configuration_names_every_auto_class(tmp_path):

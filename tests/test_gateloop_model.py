@@ -1,0 +1,171 @@
+"""Decoders with GateLoop layers, pure and mixed with attention: what generation asks of their state."""
+
+import pytest
+import torch
+from test_generation import MODES, NEW, generate
+from tiny import LLAMA_LIKE, tokens
+from transformers import DynamicCache, StaticCache
+
+from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM
+
+MIXTURES = {
+    "pure": {"layer_types": ["gateloop"] * 2},
+    "pure, signed, 4 heads": {"layer_types": ["gateloop"] * 2, "state_transition": "signed", "gateloop_num_heads": 4},
+    "gateloop first": {"layer_types": ["gateloop", "full_attention"], "gateloop_num_heads": 2},
+    "attention first": {"layer_types": ["full_attention", "gateloop"], "state_transition": "positive"},
+    "cartesian": {"layer_types": ["gateloop"] * 2, "state_transition": "cartesian", "gateloop_num_heads": 8},
+}
+every_mixture = pytest.mark.parametrize("mixture", MIXTURES)
+
+
+def decoder(mixture, dtype=torch.float64, **config):
+    torch.manual_seed(0)
+    config = {**LLAMA_LIKE, **MIXTURES[mixture], **config}
+    model = GateLoopForCausalLM(GateLoopConfig(**config)).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@every_mixture
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_same_tokens_with_and_without_a_cache_and_in_pieces(mode, mixture):
+    model, ids = decoder(mixture), tokens(2, 7)
+    without = generate(model, ids, **MODES[mode], use_cache=False)
+    assert torch.equal(generate(model, ids, **MODES[mode]), without)
+    for chunk in (1, 3):
+        assert torch.equal(generate(model, ids, **MODES[mode], prefill_chunk_size=chunk), without)
+
+
+@every_mixture
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+def test_left_padded_prompts_generate_as_each_alone(cache_implementation, mixture):
+    model, ids, mask = decoder(mixture), tokens(3, 7), torch.ones(3, 7, dtype=torch.long)
+    for row, length in enumerate((7, 2, 5)):
+        mask[row, : 7 - length] = 0
+    for options in ({}, {"prefill_chunk_size": 2}):
+        together = generate(model, ids, attention_mask=mask, cache_implementation=cache_implementation, **options)
+        for row, length in enumerate((7, 2, 5)):
+            alone = generate(model, ids[row : row + 1, 7 - length :])
+            assert torch.equal(together[row, 7:], alone[0, length:])
+
+
+@every_mixture
+@pytest.mark.parametrize("make_cache", [None, DynamicCache, "config", "static"])
+def test_generation_goes_on_from_a_returned_cache(make_cache, mixture):
+    model, ids = decoder(mixture), tokens(2, 5)
+    whole = generate(model, ids)
+    cache = {
+        None: lambda: None,
+        DynamicCache: DynamicCache,
+        "config": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=32),
+    }[make_cache]()
+    first = generate(model, ids, max_new_tokens=4, return_dict_in_generate=True, past_key_values=cache)
+    second = generate(model, first.sequences, max_new_tokens=NEW - 4, past_key_values=first.past_key_values)
+    assert torch.equal(second, whole)
+
+
+@every_mixture
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_prompt_lookup_and_assisted_decoding_are_exact(do_sample, mixture):
+    model, ids = decoder(mixture), tokens(1, 4).repeat(1, 3)
+    options = {"do_sample": True, "top_k": 1} if do_sample else {}
+    expected = generate(model, ids)
+    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3, **options), expected)
+    for other in MIXTURES:
+        assert torch.equal(generate(model, ids, assistant_model=decoder(other), **options), expected)
+    assert torch.equal(generate(model, ids, assistant_early_exit=1, **options), expected)
+
+
+@every_mixture
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_cropping_while_the_past_is_recorded_restores_the_state(keep, mixture):
+    model, ids = decoder(mixture), tokens(2, 12)
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        cache.activate_past_recording()
+        wrong = torch.cat([ids[:, 5 : 5 + keep], tokens(2, 4, seed=1)], dim=1)
+        model(wrong[:, :2], past_key_values=cache)
+        model(wrong[:, 2:], past_key_values=cache)
+        cache.crop(-4)
+        assert cache.get_seq_length() == 5 + keep
+        out = model(ids[:, 5 + keep : 9], past_key_values=cache).logits
+        torch.testing.assert_close(out, expected[:, 5 + keep : 9])
+        cache.crop(0)
+        torch.testing.assert_close(model(ids[:, 9:], past_key_values=cache).logits, expected[:, 9:])
+
+
+def test_cropping_what_was_not_recorded_is_refused():
+    model, ids = decoder("pure"), tokens(1, 6)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        with pytest.raises(RuntimeError, match=r"Cannot remove 2 tokens: 0 were recorded.*activate_past_recording"):
+            cache.crop(-2)
+        cache.activate_past_recording()
+        model(ids, past_key_values=cache)
+        with pytest.raises(RuntimeError, match="Cannot remove 7 tokens: 6 were recorded"):
+            cache.crop(-7)
+        with pytest.raises(ValueError, match="negative"):
+            cache.crop(3)
+
+
+def test_the_cache_of_a_pure_model_does_not_grow_and_can_be_used_again():
+    model, ids = decoder("pure"), tokens(1, 60)
+
+    def size(cache):
+        return sum(layer.state.numel() for layer in cache.layers)
+
+    with torch.no_grad():
+        cache = model(ids[:, :2], use_cache=True).past_key_values
+        before = size(cache)
+        model(ids[:, 2:], past_key_values=cache)
+        assert (size(cache), cache.get_seq_length()) == (before, 60)
+        model(ids.repeat(1, 3), past_key_values=cache)  # past max_position_embeddings, which it does not have
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+@every_mixture
+def test_a_batch_that_is_repeated_reordered_and_thinned_out_takes_its_state_along(mixture):
+    model, ids = decoder(mixture), tokens(3, 8)
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        cache.activate_past_recording()
+        model(ids[:, 5:6], past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([5, 4, 2, 2, 0, 1]))
+        cache.batch_select_indices(torch.tensor([0, 2, 4]))
+        rows = [2, 1, 0]
+        expected = model(ids[rows]).logits
+        torch.testing.assert_close(model(ids[rows, 6:], past_key_values=cache).logits, expected[:, 6:])
+        cache.crop(-2)
+        torch.testing.assert_close(model(ids[rows, 6:], past_key_values=cache).logits, expected[:, 6:])
+
+
+@every_mixture
+def test_a_compiled_training_step_has_no_graph_breaks_and_the_same_gradients(mixture):
+    ids, gradients = tokens(2, 11), []
+    for compiled in (False, True):
+        model = decoder(mixture).train()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        run(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for eager, traced in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, traced)
+
+
+@every_mixture
+def test_labels_and_hidden_states_are_those_of_a_causal_language_model(mixture):
+    model, ids = decoder(mixture), tokens(2, 9)
+    out = model(ids, labels=ids, output_hidden_states=True)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected, check_dtype=False)
+    assert [h.shape for h in out.hidden_states] == [(2, 9, 32)] * 3
+    changed = ids.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % 50
+    logits = model(changed).logits
+    torch.testing.assert_close(logits[:, :6], out.logits[:, :6])
+    assert not torch.allclose(logits[:, 6:], out.logits[:, 6:])
