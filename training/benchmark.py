@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
 
 
-def paired_ratio(measured: Callable[[], None], reference: Callable[[], None], pairs: int, what: str) -> dict:
+def paired_ratio(measured: Callable[[], object], reference: Callable[[], object], pairs: int, what: str) -> dict:
     """How many times as long `measured` takes as `reference`."""
     measured()
     reference()
