@@ -45,6 +45,13 @@ def scan_of_ours(length: int) -> Work:
     return lambda: torch.autograd.grad(q * linear_scan(a, kv, start), (q, kv, a), grad)
 
 
+def forward(length: int, dtype: torch.dtype) -> tuple[Work, Work]:
+    """The scan alone, and one pass over its memory: reading a and x, and writing the result."""
+    a, x = (torch.rand(1, length, WIDTH).to(dtype) for _ in range(2))
+    start = torch.zeros(1, WIDTH, dtype=dtype)
+    return lambda: linear_scan(a, x, start), lambda: torch.addcmul(x, a, x)
+
+
 def scan_of_theirs(length: int, contiguous: bool = False) -> Work:
     """The same by gateloop-transformer, laid out as its SimpleGateLoopLayer does, or, better for it, contiguously."""
     from gateloop_transformer.simplified_gate_loop import gate_loop_operator
@@ -147,19 +154,9 @@ def elementwise(pairs: int) -> None:
         what = f"elementwise recurrence, forward and backward, T = {length}, against gateloop-transformer"
         compare(what, pairs, (scan_of_ours, length), (scan_of_theirs, length))
         compare(f"{what}, contiguous", pairs, (scan_of_ours, length), (scan_of_theirs, length, True))
-        a, x, start = torch.rand(1, length, WIDTH), torch.rand(1, length, WIDTH), torch.zeros(1, WIDTH)
         for name, dtype in (("real", torch.float32), ("complex", torch.complex64)):
-            arguments = [z.to(dtype) for z in (a, x, start)]
-            with torch.no_grad():
-                result = paired_ratio(
-                    lambda arguments=arguments: linear_scan(*arguments),
-                    lambda arguments=arguments: torch.addcmul(arguments[1], arguments[0], arguments[1]),
-                    4 * pairs,
-                    name,
-                )
-            what = (
-                f"elementwise recurrence, forward, {name}, T = {length}, against one pass over its memory (a · x + x)"
-            )
+            result = paired_ratio(*forward(length, dtype), 4 * pairs, name)
+            what = f"elementwise recurrence, forward, {name}, T = {length}, against one pass over its memory"
             report(what, **{k: result[k] for k in ("ratio", "min", "max")}, floor_ms=result["reference_ms"])
 
 
