@@ -133,20 +133,19 @@ def chunk_gate_loop(q, k, v, g, phase, state):
     length = q.shape[1]
     # Positions that are appended neither forget nor add.
     q, k, v, g, phase = (in_chunks(z) for z in (q, k, v, g.clamp(min=FORGET), phase))
-    g = precise(g).cumsum(-1)
-    phase = sum_of(phase, -1)
-    q, k = turned(q, phase), turned(k, phase)
+    g, phase = precise(g).cumsum(-1), sum_of(phase, -1)
+    to_end = (g[..., -1:] - g).exp().to(k.dtype)[..., None]
+    added = turned(k * to_end, phase_between(phase, -1)).transpose(-1, -2) @ v
+    last_phase = None if phase is None else phase[..., -1]
+    a = transition(g[..., -1], last_phase)[..., None, None].to(state.dtype)
+    states = linear_scan(a, torch.complex(*added.chunk(2, dim=-2)) if state.is_complex() else added, state)
+    before = torch.cat([state[:, None], states[:, :-1]], dim=1)
 
+    q, k = turned(q, phase), turned(k, phase)
+    y = (q * g.exp().to(q.dtype)[..., None]) @ side_by_side(before)
     later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
     decay = (g[..., :, None] - g[..., None, :]).to(q.dtype).masked_fill(later, -torch.inf).exp()
-    y = (q @ k.transpose(-1, -2) * decay) @ v
-
-    since_start, last_phase = g.to(q.dtype).exp(), None if phase is None else phase[..., -1]
-    added = turned_back((k * decay[..., -1, :, None]).transpose(-1, -2) @ v, last_phase)
-    a = transition(g[..., -1].to(q.dtype), last_phase)
-    states = linear_scan(a[..., None, None], added, state)
-    before = torch.cat([state[:, None], states[:, :-1]], dim=1)
-    y = y + (q * since_start[..., None]) @ side_by_side(before)
+    y = y + (q @ k.transpose(-1, -2) * decay) @ v
     return y.transpose(2, 3).flatten(1, 2)[:, :length], states[:, -1].clone()
 
 
@@ -189,6 +188,14 @@ def sum_of(phase: torch.Tensor | None, dim: int) -> torch.Tensor | None:
     if phase is None:
         return None
     return phase.cumsum(dim) % 2 == 1 if phase.dtype == torch.bool else precise(phase).cumsum(dim)
+
+
+def phase_between(total: torch.Tensor | None, dim: int) -> torch.Tensor | None:
+    """From each position's Φ on to the last one's."""
+    if total is None:
+        return None
+    last = total.narrow(dim, -1, 1)
+    return total ^ last if total.dtype == torch.bool else last - total
 
 
 def turned(z: torch.Tensor, phase: torch.Tensor | None) -> torch.Tensor:

@@ -117,21 +117,33 @@ class Magnitude(nn.Linear):
     """The projection to the logits of the transitions' magnitudes `|a|`, one for each of H heads.
 
     Its biases spread the memory horizons, the numbers of steps `-1 / log|a|` after which 1/e of a state is left,
-    evenly on a logarithmic scale from 1 to `LONGEST_HORIZON`: text depends on its past at every scale, and a head
-    whose horizon is short at first gets no gradient from what lies beyond it.
+    evenly on a logarithmic scale from 1 to `LONGEST_HORIZON`, as text depends on its past at every scale. Longer ones
+    are learned where they are needed; starting with them (up to 1024) made the first million tokens cost more.
     """
 
-    LONGEST_HORIZON = 1024
+    LONGEST_HORIZON = 32
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.spread_horizons()
+        self.spread()
 
     @torch.no_grad()
-    def spread_horizons(self) -> None:
+    def spread(self) -> None:
         log_horizons = torch.linspace(0, math.log(self.LONGEST_HORIZON), self.out_features, dtype=torch.float64)
         # logit(exp(-1/τ)) without rounding 1 - exp(-1/τ).
         init.copy_(self.bias, -torch.expm1(log_horizons.neg().exp()).log())
+
+
+class Phase(nn.Linear):
+    """The projection to the transitions' phases. Its biases are spread over the circle, so that every head starts out
+    listening to another frequency; around 0, all would start as the same slow rotation."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.spread()
+
+    def spread(self) -> None:
+        init.uniform_(self.bias, -math.pi, math.pi)
 
 
 def in_full_precision(z: torch.Tensor) -> torch.Tensor:
@@ -155,7 +167,7 @@ class ComplexTransition(PositiveTransition):
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__(hidden_size, num_heads)
-        self.phase = nn.Linear(hidden_size, num_heads)
+        self.phase = Phase(hidden_size, num_heads)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         g, _ = super().forward(x)
@@ -432,8 +444,8 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         if isinstance(module, ResidualProjection):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, Magnitude):
-            module.spread_horizons()
+        elif isinstance(module, (Magnitude, Phase)):
+            module.spread()
 
 
 def embed_tokens(embedding: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

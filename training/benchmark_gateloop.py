@@ -34,15 +34,10 @@ def leaf(*shape: int) -> torch.Tensor:
 
 
 def scan_of_ours(length: int) -> Work:
-    """`y_t = q_t h_t`, `h_t = a_t h_{t-1} + kv_t`, forward and backward."""
-    q, kv, a, grad = (
-        leaf(1, length, WIDTH),
-        leaf(1, length, WIDTH),
-        leaf(1, length, WIDTH),
-        torch.rand(1, length, WIDTH),
-    )
+    """`h_t = a_t h_{t-1} + x_t`, forward and backward."""
+    a, x, grad = leaf(1, length, WIDTH), leaf(1, length, WIDTH), torch.rand(1, length, WIDTH)
     start = torch.zeros(1, WIDTH)
-    return lambda: torch.autograd.grad(q * linear_scan(a, kv, start), (q, kv, a), grad)
+    return lambda: torch.autograd.grad(linear_scan(a, x, start), (a, x), grad)
 
 
 def forward(length: int, dtype: torch.dtype) -> tuple[Work, Work]:
@@ -54,24 +49,26 @@ def forward(length: int, dtype: torch.dtype) -> tuple[Work, Work]:
 
 def scan_of_theirs(length: int, contiguous: bool = False) -> Work:
     """The same by gateloop-transformer, laid out as its SimpleGateLoopLayer does, or, better for it, contiguously."""
-    from gateloop_transformer.simplified_gate_loop import gate_loop_operator
+    from gateloop_transformer.simplified_gate_loop import associative_scan, binary_operator
 
     if contiguous:
-        q, kv, a = (leaf(WIDTH, length, 1) for _ in range(3))
+        a, x = leaf(WIDTH, length, 1), leaf(WIDTH, length, 1)
     else:
-        q, kv, a = (z.detach().requires_grad_() for z in torch.rand(length, 3, WIDTH).permute(1, 2, 0)[..., None])
+        _, x, a = torch.rand(length, 3, WIDTH).permute(1, 2, 0)[..., None]
+        a, x = a.sigmoid().requires_grad_(), x.requires_grad_()
     grad = torch.rand(WIDTH, length, 1)
-    return lambda: torch.autograd.grad(gate_loop_operator(q, kv, a)[0], (q, kv, a), grad)
+    return lambda: torch.autograd.grad(associative_scan(binary_operator, (a, x))[1], (a, x), grad)
 
 
 def step(layer: nn.Module, length: int) -> Work:
     """Forward and backward of a layer over `[1, length, WIDTH]`."""
     x, grad = leaf(1, length, WIDTH), torch.rand(1, length, WIDTH)
-    inputs = (x, *(p for p in layer.parameters() if p.requires_grad))
 
-    def work() -> object:
+    def work() -> None:
+        layer.zero_grad()
+        x.grad = None
         y = layer(x)
-        return torch.autograd.grad(y[0] if isinstance(y, tuple) else y, inputs, grad, allow_unused=True)
+        (y[0] if isinstance(y, tuple) else y).backward(grad)
 
     return work
 
@@ -113,8 +110,9 @@ def peak_memory(make: Callable[..., Work], *arguments) -> float:
         return pool.apply(_peak_memory, (make, *arguments))
 
 
-def _peak_memory(make: Callable[..., Work], *arguments) -> float:
-    work = make(*arguments)
+def _peak_memory(make: Callable[..., Work], length: int, *arguments) -> float:
+    make(8, *arguments)()  # what libraries allocate once does not count
+    work = make(length, *arguments)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use
     before = _resident("VmHWM")
     results = work()
