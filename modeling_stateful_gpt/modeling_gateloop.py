@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     Cache,
     DynamicCache,
-    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -32,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache import fill_in_layers
 from .configuration_gateloop import GateLoopConfig
 from .gate_loop import gate_loop, linear_scan
+from .generation_gateloop import RecurrentGenerationMixin, position_limit
 
 T = TypeVar("T")
 
@@ -460,13 +460,6 @@ def embed_tokens(embedding: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         ) from error
 
 
-def position_limit(config: PreTrainedConfig) -> int | None:
-    """How many positions the model of `config` can tell apart; None where no layer attends, so that none are told."""
-    if not any("attention" in layer_type for layer_type in getattr(config, "layer_types", None) or ["attention"]):
-        return None
-    return getattr(config, "max_position_embeddings", None)
-
-
 def check_inputs(
     config: PreTrainedConfig,
     length: int,
@@ -573,14 +566,8 @@ class GateLoopModel(GateLoopPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
+class GateLoopForCausalLM(RecurrentGenerationMixin, GateLoopPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
-        """For a static cache transformers would make the 4-D mask of attention here, but each token mixer makes its
-        own, and only the 2-D mask tells what is padding."""
-        return attention_mask
 
     def __init__(self, config: GateLoopConfig):
         super().__init__(config)

@@ -146,6 +146,18 @@ def test_a_batch_that_is_repeated_reordered_and_thinned_out_takes_its_state_alon
 
 
 @every_mixture
+def test_what_cannot_be_generated_is_refused_at_once(mixture):
+    model, ids = decoder(mixture), tokens(1, 5)
+    with pytest.raises(NotImplementedError, match="cannot carry the hidden state"):
+        model.generate_batch([[1, 2, 3]])
+    if mixture.startswith(("gateloop", "attention")):
+        with pytest.raises(ValueError, match=r"may become 69 tokens.*max_position_embeddings is 64"):
+            generate(model, ids, max_new_tokens=64)
+    else:
+        assert generate(model, ids, max_new_tokens=64, min_new_tokens=64).shape[1] == 69
+
+
+@every_mixture
 def test_a_compiled_training_step_has_no_graph_breaks_and_the_same_gradients(mixture):
     ids, gradients = tokens(2, 11), []
     for compiled in (False, True):

@@ -35,6 +35,7 @@ with torch.no_grad():
 tokenizer = AutoTokenizer.from_pretrained(path)
 generator = pipeline("text-generation", model=path, trust_remote_code=True)
 text = generator("def f", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+torch.manual_seed(0)
 again = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 spread = {name: p.std().item() for name, p in again.named_parameters() if p.numel() > 1}
 model.save_pretrained(path + "/resaved")
@@ -51,7 +52,7 @@ def small(name):
     backbone = {
         "stateful": None,
         "stateful around gateloop": GateLoopConfig(
-            hidden_size=32, num_hidden_layers=2, layer_types=["gateloop"] * 2, gateloop_num_heads=4
+            hidden_size=32, num_hidden_layers=2, layer_types=["gateloop"] * 2
         ),
         "stateful around gpt2": GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, eos_token_id=256),
         "stateful around llama": LlamaConfig(

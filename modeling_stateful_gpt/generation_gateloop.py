@@ -1,0 +1,53 @@
+"""What `generate()` needs to know of a decoder whose layers may carry a state."""
+
+import torch
+from transformers import GenerationMixin, PreTrainedConfig
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """How many positions the model of `config` can tell apart; None where no layer attends, so that none are told."""
+    if not any("attention" in layer_type for layer_type in getattr(config, "layer_types", None) or ["attention"]):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
+class RecurrentGenerationMixin(GenerationMixin):
+    """Says at once what cannot be generated, instead of half-way or never."""
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
+        """For a static cache transformers would make the 4-D mask of attention here, but the language model makes its
+        own, and only the 2-D mask tells what is padding."""
+        return attention_mask
+
+    def carries_state(self) -> bool:
+        """Whether there is more to carry from step to step than keys and values."""
+        return "gateloop" in (getattr(self.config.get_text_config(), "layer_types", None) or [])
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        limit = position_limit(self.config.get_text_config())
+        if limit is not None and max_cache_length > limit:
+            raise ValueError(
+                f"Prompt and new tokens together may become {max_cache_length + 1} tokens; the model's "
+                f"max_position_embeddings is {limit}. Shorten the prompt or lower max_new_tokens."
+            )
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        self._refuse_continuous_batching()
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        self._refuse_continuous_batching()
+        return super().generate_batch(*args, **kwargs)
+
+    def _refuse_continuous_batching(self) -> None:
+        if self.carries_state():
+            raise NotImplementedError(
+                "Continuous batching (generate_batch, cache_implementation='paged') keeps only keys and values in its "
+                "paged cache and cannot carry the hidden state from step to step. Use generate(), left-padded."
+            )
