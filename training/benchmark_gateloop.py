@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 from benchmark import paired_ratio
+from data import byte_tokenizer
 from torch import nn
+from train import DataArguments, ModelArguments, build_model
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, Mamba2Config, PreTrainedModel, Qwen3NextConfig
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
@@ -211,7 +213,33 @@ def tokens(model: PreTrainedModel, token: torch.Tensor, cache: DynamicCache, num
         token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
 
+def presets(pairs: int) -> None:
+    """A training step (forward, backward, AdamW) of the presets of train.py at the size of the comparison in README.md:
+    width 128, 2 layers, T = 256, batch 16."""
+    ids = torch.randint(0, 256, (16, 256))
+    steps = {}
+    for preset in ("gpt", "gateloop", "gateloop_signed", "gateloop_positive", "hybrid"):
+        sizes = ModelArguments(preset=preset, num_hidden_layers=2)
+        model = build_model(sizes, DataArguments(), byte_tokenizer(), seed=0)
+        steps[preset] = training_step(model, torch.optim.AdamW(model.parameters()), ids)
+    for preset, work in steps.items():
+        if preset != "gpt":
+            result = paired_ratio(work, steps["gpt"], 4 * pairs, preset)
+            what = f"training step, preset {preset}, against preset gpt"
+            report(what, **{k: result[k] for k in ("ratio", "min", "max")}, gpt_ms=result["reference_ms"])
+
+
+def training_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> Work:
+    def work() -> None:
+        optimizer.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return work
+
+
 BENCHMARKS = {
+    "presets": presets,
     "elementwise": elementwise,
     "layers": layers,
     "other_recurrences": other_recurrences,
