@@ -142,7 +142,7 @@ def chunk_gate_loop(q, k, v, g, phase, state):
     before = torch.cat([state[:, None], states[:, :-1]], dim=1)
 
     q, k = turned(q, phase), turned(k, phase)
-    y = (q * g.exp().to(q.dtype)[..., None]) @ side_by_side(before)
+    y = q @ side_by_side(before) * g.exp().to(q.dtype)[..., None]
     later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
     decay = (g[..., :, None] - g[..., None, :]).to(q.dtype).masked_fill(later, -torch.inf).exp()
     y = y + (q @ k.transpose(-1, -2) * decay) @ v

@@ -16,7 +16,7 @@ def blocks(language):
 def test_the_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
     for snippet in blocks("python"):
         exec(compile(snippet, "README.md", "exec"), namespace)
     assert "tensor([[" in capsys.readouterr().out
