@@ -56,8 +56,6 @@ class GateLoopStateLayer(CacheLayerMixin):
     is_compileable = True
     is_croppable = True
     supports_early_init = False
-    # The masks of attention layers are sized by the first layer of the cache that does not say True here.
-    is_sliding = True
 
     def __init__(self, **kwargs) -> None:
         super().__init__()

@@ -14,8 +14,9 @@ EPS = 1e-24
 def convert_gateloop_transformer(state_dict: Mapping[str, torch.Tensor]) -> GateLoopForCausalLM:
     """The model that computes what `gateloop_transformer.Transformer` computes with the weights `state_dict`.
 
-    All sizes are read off the weights. Trained further, it differs in one thing: that package passes nine tenths of the
-    gradient to the transitions' projection, ours all of it.
+    All sizes are read off the weights. What is not in them must be as it is by default: no `ablate_complex` and no
+    `ablate_state_transition`. Trained further, it differs in one thing: that package passes nine tenths of the gradient
+    to the transitions' projection, ours all of it.
 
     Raises:
         ValueError: for a Transformer with attention instead of GateLoop layers, with `post_ln_norm`, without gates

@@ -18,7 +18,7 @@ Three evaluations of the same equation, with the layouts of flash-linear-attenti
 
 and return `y`, `[B, T, H, V]`, of the type of v, and with `output_final_state` the state after the last position (else
 None). They compute in fp32, or in fp64 where an input is fp64, whatever autocast says; the state is of that type, or of
-its complex one. Gradients flow to every input but a boolean one. Shapes that do not fit together raise a ValueError.
+its complex one. Gradients flow to every input but a boolean one. What does not fit together raises a ValueError.
 """
 
 import functools
@@ -58,11 +58,10 @@ def evaluation(evaluate: Callable) -> Callable[..., Result]:
         initial_state: torch.Tensor | None = None,
         output_final_state: bool = False,
     ) -> Result:
-        check_shapes(q, k, v, g, phase, initial_state)
-        dtype = torch.promote_types(
-            functools.reduce(torch.promote_types, (z.dtype for z in (q, k, v, g))), torch.float32
-        )
+        check(q, k, v, g, phase, initial_state)
         turns = phase is not None and phase.dtype != torch.bool
+        given = [q, k, v, g, *([phase] if turns else []), *([] if initial_state is None else [initial_state.real])]
+        dtype = functools.reduce(torch.promote_types, (z.dtype for z in given), torch.float32)
         state_dtype = COMPLEX[dtype] if turns else dtype
         with torch.autocast(q.device.type, enabled=False):
             if initial_state is None:
@@ -76,7 +75,7 @@ def evaluation(evaluate: Callable) -> Callable[..., Result]:
     return wrapper
 
 
-def check_shapes(
+def check(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -96,6 +95,8 @@ def check_shapes(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != torch.Size(shape):
             raise ValueError(f"{name} is {list(tensor.shape)}; with q {list(q.shape)} it must be {list(shape)}.")
+    if initial_state is not None and initial_state.is_complex() and (phase is None or phase.dtype == torch.bool):
+        raise ValueError("initial_state is complex; without a phase in radians the state is real.")
 
 
 def transition(g: torch.Tensor, phase: torch.Tensor | None) -> torch.Tensor:
@@ -231,16 +232,17 @@ def linear_scan(a: torch.Tensor, x: torch.Tensor, initial: torch.Tensor) -> torc
 
     `x` is `[B, T, …]`; `a` may have 1 in the place of a later dimension; `initial`, h before the first position, is
     `[B, …]`. The result has the shape of x and the type of `a` and `initial`, fp32, fp64, or complex (x may be real all
-    the same). The backward pass needs `a`, `initial` and the result, nothing in between.
+    the same). The backward pass needs `a`, `initial` and the result, nothing in between; it cannot be
+    differentiated again.
     """
-    h = torch.empty_like(x, dtype=a.dtype)
+    h = torch.empty_like(x, dtype=a.dtype, memory_format=torch.contiguous_format)
     scan_into(h, a, x.to(a.dtype), initial)
     return h
 
 
 @linear_scan.register_fake
 def _(a, x, initial):
-    return torch.empty_like(x, dtype=a.dtype)
+    return torch.empty_like(x, dtype=a.dtype, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("stateful_gpt::linear_scan_backward", mutates_args=())
@@ -250,14 +252,14 @@ def linear_scan_backward(
     """The gradients of a, x and initial. With e the conjugate of that of x: `e_t = conj(grad_t) + a_{t+1} e_{t+1}`, and
     that of a_t is `conj(e_t h_{t-1})`."""
     grad = grad.conj().resolve_conj()
-    e = torch.empty_like(grad)
+    e = torch.empty_like(grad, memory_format=torch.contiguous_format)
     e[:, -1] = grad[:, -1]
     scan_into(e[:, :-1], a[:, 1:], grad[:, :-1], grad[:, -1], reverse=True)
-    da = torch.empty_like(h)
+    da = torch.empty_like(h, memory_format=torch.contiguous_format)
     torch.mul(e[:, 0], initial, out=da[:, 0])
     torch.mul(e[:, 1:], h[:, :-1], out=da[:, 1:])
     da = da.sum_to_size(a.shape)
-    dinitial = a[:, 0] * e[:, 0]
+    dinitial = (a[:, 0] * e[:, 0]).contiguous()
     if not a.is_complex():
         return da, e, dinitial
     return da.conj_physical_(), e.real.clone() if x_is_real else e.conj_physical_(), dinitial.conj_physical_()
@@ -265,8 +267,8 @@ def linear_scan_backward(
 
 @linear_scan_backward.register_fake
 def _(grad, a, initial, h, x_is_real):
-    dx = torch.empty_like(grad.real if x_is_real else grad, memory_format=torch.contiguous_format)
-    return torch.empty_like(a), dx, torch.empty_like(initial)
+    like = (a, grad.real if x_is_real else grad, initial)
+    return tuple(torch.empty_like(z, memory_format=torch.contiguous_format) for z in like)
 
 
 def save_for_backward(ctx, inputs, output):
@@ -335,7 +337,7 @@ def gate_loop(
         evaluate = recurrent_gate_loop
     elif q.shape[-1] * v.shape[-1] <= SCAN_MAX_STATE:
         evaluate = scan_gate_loop
-    elif chunk_simple_gla is not None and q.is_cuda:
+    elif chunk_simple_gla is not None and q.is_cuda and q.dtype != torch.float64:
         evaluate = fused_gate_loop
     else:
         evaluate = chunk_gate_loop

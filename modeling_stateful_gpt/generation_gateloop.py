@@ -49,5 +49,5 @@ class RecurrentGenerationMixin(GenerationMixin):
         if self.carries_state():
             raise NotImplementedError(
                 "Continuous batching (generate_batch, cache_implementation='paged') keeps only keys and values in its "
-                "paged cache and cannot carry the hidden state from step to step. Use generate(), left-padded."
+                "paged cache and cannot carry the model's state from step to step. Use generate(), left-padded."
             )

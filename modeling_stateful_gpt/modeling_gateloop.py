@@ -73,8 +73,10 @@ class Attention(nn.Module):
     and during training all steps are computed at once.
     """
 
-    create_mask = staticmethod(create_causal_mask)
-    """What this mixer needs to know of padding, packing and the past, made once per forward and layer type."""
+    @staticmethod
+    def create_mask(config: GateLoopConfig, **kwargs) -> torch.Tensor | None:
+        """What this mixer needs to know of padding, packing and the past, made once per forward and layer type."""
+        return create_causal_mask(config=config, layer_idx=config.layer_types.index("full_attention"), **kwargs)
 
     def __init__(self, config: GateLoopConfig, layer_idx: int):
         super().__init__()
@@ -113,12 +115,23 @@ class Attention(nn.Module):
         return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-class Magnitude(nn.Linear):
+class FullPrecisionLinear(nn.Linear):
+    """Computes in fp32 at least, whatever the type of input and weights and whatever autocast says. Transitions need
+    it: they are multiplied with each other, and in bf16 0.998 and 1 are neighbours."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+class Magnitude(FullPrecisionLinear):
     """The projection to the logits of the transitions' magnitudes `|a|`, one for each of H heads.
 
     Its biases spread the memory horizons, the numbers of steps `-1 / log|a|` after which 1/e of a state is left,
-    evenly on a logarithmic scale from 1 to `LONGEST_HORIZON`, as text depends on its past at every scale. Longer ones
-    are learned where they are needed; starting with them (up to 1024) made the first million tokens cost more.
+    evenly on a logarithmic scale between 1 and `LONGEST_HORIZON`, as text depends on its past at every scale. Longer
+    ones are learned where they are needed; starting with them (up to 1024) made the first million tokens cost more.
     """
 
     LONGEST_HORIZON = 32
@@ -129,12 +142,12 @@ class Magnitude(nn.Linear):
 
     @torch.no_grad()
     def spread(self) -> None:
-        log_horizons = torch.linspace(0, math.log(self.LONGEST_HORIZON), self.out_features, dtype=torch.float64)
+        places = (torch.arange(self.out_features, dtype=torch.float64) + 0.5) / self.out_features
         # logit(exp(-1/τ)) without rounding 1 - exp(-1/τ).
-        init.copy_(self.bias, -torch.expm1(log_horizons.neg().exp()).log())
+        init.copy_(self.bias, -torch.expm1(self.LONGEST_HORIZON**-places).log())
 
 
-class Phase(nn.Linear):
+class Phase(FullPrecisionLinear):
     """The projection to the transitions' phases. Its biases are spread over the circle, so that every head starts out
     listening to another frequency; around 0, all would start as the same slow rotation."""
 
@@ -146,11 +159,6 @@ class Phase(nn.Linear):
         init.uniform_(self.bias, -math.pi, math.pi)
 
 
-def in_full_precision(z: torch.Tensor) -> torch.Tensor:
-    """Transitions need it: in bf16, 0.998 and 1 are neighbours."""
-    return z.to(torch.promote_types(z.dtype, torch.float32))
-
-
 class PositiveTransition(nn.Module):
     """`a = σ(magnitude(x))`: heads `[B, T, H]` of the log magnitude, and no phase."""
 
@@ -159,7 +167,7 @@ class PositiveTransition(nn.Module):
         self.magnitude = Magnitude(hidden_size, num_heads)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return nn.functional.logsigmoid(in_full_precision(self.magnitude(x))), None
+        return nn.functional.logsigmoid(self.magnitude(x)), None
 
 
 class ComplexTransition(PositiveTransition):
@@ -171,7 +179,7 @@ class ComplexTransition(PositiveTransition):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         g, _ = super().forward(x)
-        return g, in_full_precision(self.phase(x))
+        return g, self.phase(x)
 
 
 class SignedTransition(ComplexTransition):
@@ -189,10 +197,10 @@ class CartesianTransition(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
-        self.z = nn.Linear(hidden_size, 2 * num_heads)
+        self.z = FullPrecisionLinear(hidden_size, 2 * num_heads)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        z = torch.view_as_complex(in_full_precision(self.z(x)).unflatten(-1, (-1, 2)))
+        z = torch.view_as_complex(self.z(x).unflatten(-1, (-1, 2)))
         return nn.functional.logsigmoid(z.abs()), z.angle()
 
 
@@ -226,8 +234,8 @@ class GateLoopLayer(nn.Module):
         output_norm: bool = True,
     ):
         super().__init__()
-        self.num_heads = num_heads or hidden_size
-        if hidden_size % self.num_heads:
+        self.num_heads = hidden_size if num_heads is None else num_heads
+        if self.num_heads < 1 or hidden_size % self.num_heads:
             raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of num_heads ({num_heads}).")
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -268,9 +276,9 @@ class GateLoopLayer(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         g, phase = self.transition(x)
         if real is not None:
-            k = torch.where(real[..., None, None], k, 0)
-            g = torch.where(real[..., None], g, 0)
-            phase = None if phase is None else torch.where(real[..., None], phase, 0).to(phase.dtype)
+            padding = ~real[..., None]
+            k, g = k.masked_fill(padding[..., None], 0), g.masked_fill(padding, 0)
+            phase = None if phase is None else phase.masked_fill(padding, 0)
         if starts is not None:
             g = g.masked_fill(starts[..., None], -torch.inf)
         return q, k, v, g, phase
@@ -300,14 +308,24 @@ class GateLoopMixer(GateLoopLayer):
 
         A token begins a sequence if the mask hides all tokens before it, or, without a mask and a cache, if its
         position does not follow its predecessor's.
+
+        Raises:
+            ValueError: for a mask that is not `[B, past + T]`.
         """
         batch, length, _ = inputs_embeds.shape
-        if attention_mask is not None and attention_mask.ndim == 2:
-            if not torch.compiler.is_compiling() and attention_mask.all():
+        if attention_mask is not None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            compiling = torch.compiler.is_compiling()
+            if attention_mask.ndim != 2 or (not compiling and attention_mask.shape[1] != past + length):
+                raise ValueError(
+                    f"attention_mask is {list(attention_mask.shape)}; GateLoop layers need [batch, past + new tokens], "
+                    f"here [{batch}, {past} + {length}], 0 on padding."
+                )
+            if not compiling and attention_mask.all():
                 return None, None
             real = attention_mask[:, -length:].bool()
             return real, real & (attention_mask.long().cumsum(-1)[:, -length:] == 1)
-        if position_ids is not None and attention_mask is None and past_key_values is None:
+        if position_ids is not None and past_key_values is None:
             return None, nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0)).expand(batch, -1)
         return None, None
 
@@ -345,7 +363,7 @@ class SimpleGateLoopLayer(nn.Module):
         self.norm = nn.RMSNorm(hidden_size, eps=eps)
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.kv_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.a_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.a_proj = FullPrecisionLinear(hidden_size, hidden_size, bias=False)
 
     def forward(
         self,
@@ -356,10 +374,12 @@ class SimpleGateLoopLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`x` `[B, T, D]` → `y` `[B, T, D]` and, if asked for, the final state `[B, D]`; `real` `[B, T]` is False on
         padding, which leaves the state as it is."""
+        if x.shape[1] == 0:
+            raise ValueError("x has no positions; it must be [B, T, D] with T at least 1.")
         normed = self.norm(x)
-        a, kv = in_full_precision(self.a_proj(normed)).sigmoid(), self.kv_proj(normed)
+        a, kv = self.a_proj(normed).sigmoid(), self.kv_proj(normed)
         if real is not None:
-            a, kv = torch.where(real[..., None], a, 1), torch.where(real[..., None], kv, 0)
+            a, kv = a.masked_fill(~real[..., None], 1), kv.masked_fill(~real[..., None], 0)
         if self.reverse:
             a, kv = a.flip(1), kv.flip(1)
         if initial_state is None:

@@ -218,6 +218,20 @@ def test_the_scan_is_a_proper_operator_with_the_right_gradients(dtype, shape):
     assert torch.autograd.gradcheck(linear_scan, [arguments[0], real, arguments[2]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("permuted", ["a", "x", "initial", "grad", "h"])
+def test_compilers_are_told_the_layout_of_the_results_whatever_that_of_the_inputs(dtype, permuted):
+    torch.manual_seed(0)
+    shapes = {"a": (2, 9, 3, 4), "x": (2, 9, 3, 4), "initial": (2, 3, 4), "grad": (2, 9, 3, 4), "h": (2, 9, 3, 4)}
+    tensors = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    shape = shapes[permuted]
+    tensors[permuted] = torch.randn(*shape[:-2], shape[-1], shape[-2], dtype=dtype).transpose(-1, -2)
+    a, x, initial, grad, h = tensors.values()
+    torch.library.opcheck(linear_scan, [z.requires_grad_() for z in (a, x, initial)])
+    for x_is_real in (False, True):
+        torch.library.opcheck(module.linear_scan_backward, [grad, a.detach(), initial.detach(), h, x_is_real])
+
+
 @pytest.mark.parametrize("kind", ["complex", "positive"])
 def test_the_backward_pass_of_the_scan_keeps_the_states_and_nothing_in_between(kind):
     length, heads = 2048, 8
@@ -268,6 +282,17 @@ def test_shapes_that_do_not_fit_are_named(evaluation, name, shape, message):
     arguments[name] = torch.zeros(shape, dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
         EVALUATIONS[evaluation](**arguments)
+
+
+@every_evaluation
+def test_one_fp64_input_makes_all_fp64_and_a_complex_state_needs_phases(evaluation):
+    arguments = inputs(1, 5, 2, 3, 3, "complex", torch.float32)
+    for name in ("g", "phase", "initial_state"):
+        z = arguments[name]
+        wide = {**arguments, name: z.to(torch.complex128 if z.is_complex() else torch.float64)}
+        assert EVALUATIONS[evaluation](**wide, output_final_state=True)[1].dtype == torch.complex128
+    with pytest.raises(ValueError, match="initial_state is complex; without a phase in radians the state is real"):
+        EVALUATIONS[evaluation](**{**arguments, "phase": None})
 
 
 def test_jax_computes_the_same_from_the_same_numbers():

@@ -146,9 +146,19 @@ def test_a_batch_that_is_repeated_reordered_and_thinned_out_takes_its_state_alon
 
 
 @every_mixture
+def test_masks_that_cannot_tell_what_is_padding_are_refused(mixture):
+    model, ids = decoder(mixture), tokens(2, 5)
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 1, 5, 5\]; GateLoop layers need \[batch, past"):
+        model(ids, attention_mask=torch.ones(2, 1, 5, 5, dtype=torch.bool))
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 3\]; .* here \[2, 5 \+ 3\]"):
+        model(ids[:, :3], attention_mask=torch.ones(2, 3), past_key_values=cache)
+
+
+@every_mixture
 def test_what_cannot_be_generated_is_refused_at_once(mixture):
     model, ids = decoder(mixture), tokens(1, 5)
-    with pytest.raises(NotImplementedError, match="cannot carry the hidden state"):
+    with pytest.raises(NotImplementedError, match="cannot carry the model's state"):
         model.generate_batch([[1, 2, 3]])
     if mixture.startswith(("gateloop", "attention")):
         with pytest.raises(ValueError, match=r"may become 69 tokens.*max_position_embeddings is 64"):

@@ -177,7 +177,7 @@ def test_what_cannot_be_done_is_refused_with_a_reason():
         lambda: model.init_continuous_batching(),
         lambda: model.generate(ids, cache_implementation="paged"),
     ):
-        with pytest.raises(NotImplementedError, match="cannot carry the hidden state"):
+        with pytest.raises(NotImplementedError, match="cannot carry the model's state"):
             attempt()
     with pytest.raises(ValueError, match=r"may become 69 tokens.*max_position_embeddings is 64.*lower max_new_tokens"):
         generate(model, ids, max_new_tokens=64)

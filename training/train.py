@@ -41,6 +41,7 @@ from modeling_stateful_gpt import (
     StatefulGPTConfig,
     StatefulGPTForCausalLM,
 )
+from modeling_stateful_gpt.generation_gateloop import position_limit
 
 logger = logging.get_logger("training")
 
@@ -65,7 +66,7 @@ PRESETS = {
     "token_shift": Preset(stateful={"feedback": "gated_add", "feedback_source": "embedding"}),
     "stateful": Preset(stateful={"feedback": "gated_add", "num_passes": 3}),
 }
-"""With the same sizes, all presets have the same number of parameters."""
+"""With the same sizes, all presets have the same number of parameters, to within rounding."""
 
 OURS = (GateLoopConfig.model_type, StatefulGPTConfig.model_type)
 
@@ -250,10 +251,11 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {text_config.vocab_size}; use the "
             f"tokenizer that came with the model (leave out --tokenizer_name)."
         )
-    if data_arguments.block_size > text_config.max_position_embeddings:
+    limit = position_limit(text_config)
+    if limit is not None and data_arguments.block_size > limit:
         raise RunError(
             f"--block_size {data_arguments.block_size} is more than the model's max_position_embeddings "
-            f"({text_config.max_position_embeddings}); lower it."
+            f"({limit}); lower it."
         )
     return model
 
@@ -262,10 +264,15 @@ def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback:
     """The loaded model as it is, or with feedback around it."""
     defaults = ModelArguments()
     if arguments.preset is not None and PRESETS[arguments.preset].decoder:
-        raise RunError(f"--preset {arguments.preset} is for a model from scratch; choose one of the feedback, or none.")
+        raise RunError(
+            f"--preset {arguments.preset} is for a model from scratch; choose a preset with feedback, or none."
+        )
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "dropout", "decoder_config"):
         if getattr(arguments, name) != getattr(defaults, name):
             raise RunError(f"--{name} is for a model from scratch; {arguments.model_name_or_path} has its own.")
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    if arguments.preset == "gpt" and "gateloop" in layer_types:
+        raise RunError(f"{arguments.model_name_or_path} is no gpt: it has GateLoop layers; leave out --preset.")
     stateful = model.config.model_type == StatefulGPTConfig.model_type
     as_it_is = arguments.preset is None and model.config.model_type in OURS
     if stateful and not as_it_is:
@@ -304,10 +311,12 @@ def decoder_config(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    fields = {**sizes, **more}
-    if pattern := fields.get("layer_types"):
-        fields["layer_types"] = [pattern[i % len(pattern)] for i in range(fields["num_hidden_layers"])]
-    return GateLoopConfig(**fields)
+    given = {**sizes, **more}
+    if pattern := given.get("layer_types"):
+        if not isinstance(pattern, list):
+            raise RunError(f'--decoder_config: layer_types must be a list such as ["gateloop"], not {pattern!r}.')
+        given["layer_types"] = [pattern[i % len(pattern)] for i in range(given["num_hidden_layers"])]
+    return GateLoopConfig(**given)
 
 
 def load_model(path: str) -> PreTrainedModel:
