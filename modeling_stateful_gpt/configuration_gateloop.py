@@ -1,7 +1,7 @@
 """The decoder's configuration: the usual fields under their usual names, and one token mixer per layer."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, configuration_utils
 from transformers.modeling_rope_utils import RopeParameters
 
 
@@ -102,5 +102,8 @@ class GateLoopConfig(PreTrainedConfig):
             )
 
 
+# Trainer reads config.json as a PreTrainedConfig when it resumes, and that refuses layer types it has not heard of.
+if "gateloop" not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES += ("gateloop",)
 AutoConfig.register("gateloop", GateLoopConfig, exist_ok=True)
 GateLoopConfig.register_for_auto_class()

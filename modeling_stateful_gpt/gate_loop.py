@@ -18,7 +18,8 @@ Three evaluations of the same equation, with the layouts of flash-linear-attenti
 
 and return `y`, `[B, T, H, V]`, of the type of v, and with `output_final_state` the state after the last position (else
 None). They compute in fp32, or in fp64 where an input is fp64, whatever autocast says; the state is of that type, or of
-its complex one. Gradients flow to every input but a boolean one. What does not fit together raises a ValueError.
+its complex one. Gradients flow to every input but a boolean one, in reverse mode and once: there are no second and no
+forward-mode derivatives. What does not fit together raises a ValueError.
 """
 
 import functools
@@ -26,6 +27,7 @@ from collections.abc import Callable
 
 import torch
 from torch.nn.functional import pad
+from transformers.utils.generic import maybe_autocast
 
 try:
     from fla.ops.simple_gla import chunk_simple_gla
@@ -63,7 +65,7 @@ def evaluation(evaluate: Callable) -> Callable[..., Result]:
         given = [q, k, v, g, *([phase] if turns else []), *([] if initial_state is None else [initial_state.real])]
         dtype = functools.reduce(torch.promote_types, (z.dtype for z in given), torch.float32)
         state_dtype = COMPLEX[dtype] if turns else dtype
-        with torch.autocast(q.device.type, enabled=False):
+        with maybe_autocast(q.device.type, enabled=False):
             if initial_state is None:
                 state = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1], dtype=state_dtype)
             else:
@@ -85,6 +87,9 @@ def check(
 ) -> None:
     if q.ndim != 4 or v.ndim != 4 or q.shape[1] == 0:
         raise ValueError(f"q and v must be [B, T, H, K] and [B, T, H, V], T at least 1; got {q.shape} and {v.shape}.")
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("g", g)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; it must be of a floating-point type.")
     expected = {
         "k": (k, q.shape),
         "v": (v, (*q.shape[:3], v.shape[-1])),
@@ -232,8 +237,7 @@ def linear_scan(a: torch.Tensor, x: torch.Tensor, initial: torch.Tensor) -> torc
 
     `x` is `[B, T, …]`; `a` may have 1 in the place of a later dimension; `initial`, h before the first position, is
     `[B, …]`. The result has the shape of x and the type of `a` and `initial`, fp32, fp64, or complex (x may be real all
-    the same). The backward pass needs `a`, `initial` and the result, nothing in between; it cannot be
-    differentiated again.
+    the same). The backward pass needs `a`, `initial` and the result, nothing in between.
     """
     h = torch.empty_like(x, dtype=a.dtype, memory_format=torch.contiguous_format)
     scan_into(h, a, x.to(a.dtype), initial)
@@ -333,7 +337,7 @@ def gate_loop(
     On a GPU, wide heads go through flash-linear-attention's kernel where that package is installed. That path has not
     been measured.
     """
-    if q.shape[1] == 1:
+    if q.ndim == 4 and q.shape[1] == 1:
         evaluate = recurrent_gate_loop
     elif q.shape[-1] * v.shape[-1] <= SCAN_MAX_STATE:
         evaluate = scan_gate_loop

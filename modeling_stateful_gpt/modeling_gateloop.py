@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import fill_in_layers
@@ -121,7 +121,7 @@ class FullPrecisionLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with maybe_autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(dtype)
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
@@ -276,11 +276,11 @@ class GateLoopLayer(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         g, phase = self.transition(x)
         if real is not None:
-            padding = ~real[..., None]
+            padding = ~real.bool()[..., None]
             k, g = k.masked_fill(padding[..., None], 0), g.masked_fill(padding, 0)
             phase = None if phase is None else phase.masked_fill(padding, 0)
         if starts is not None:
-            g = g.masked_fill(starts[..., None], -torch.inf)
+            g = g.masked_fill(starts.bool()[..., None], -torch.inf)
         return q, k, v, g, phase
 
     def read(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -374,12 +374,13 @@ class SimpleGateLoopLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`x` `[B, T, D]` → `y` `[B, T, D]` and, if asked for, the final state `[B, D]`; `real` `[B, T]` is False on
         padding, which leaves the state as it is."""
-        if x.shape[1] == 0:
-            raise ValueError("x has no positions; it must be [B, T, D] with T at least 1.")
+        if x.ndim != 3 or x.shape[1] == 0:
+            raise ValueError(f"x is {list(x.shape)}; it must be [B, T, D] with T at least 1.")
         normed = self.norm(x)
         a, kv = self.a_proj(normed).sigmoid(), self.kv_proj(normed)
         if real is not None:
-            a, kv = a.masked_fill(~real[..., None], 1), kv.masked_fill(~real[..., None], 0)
+            padding = ~real.bool()[..., None]
+            a, kv = a.masked_fill(padding, 1), kv.masked_fill(padding, 0)
         if self.reverse:
             a, kv = a.flip(1), kv.flip(1)
         if initial_state is None:

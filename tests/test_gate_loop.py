@@ -269,6 +269,7 @@ def test_phases_can_be_left_to_a_kernel_without_phases(kind, monkeypatch):
     [
         ("q", (2, 5, 3), r"q and v must be \[B, T, H, K\]"),
         ("q", (2, 0, 3, 4), r"T at least 1"),
+        ("q", (5,), r"q and v must be"),
         ("k", (2, 5, 3, 5), r"k is \[2, 5, 3, 5\]; with q \[2, 5, 3, 4\] it must be \[2, 5, 3, 4\]"),
         ("v", (2, 5, 1, 2), r"v is .* must be \[2, 5, 3, 2\]"),
         ("g", (2, 5, 3, 4), r"g is .* must be \[2, 5, 3\]"),

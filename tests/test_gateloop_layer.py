@@ -83,7 +83,7 @@ def test_in_pieces_is_at_once(transition, heads, pieces):
 def test_padding_holds_the_state_and_a_start_empties_it(transition, heads):
     layer, x = make(num_heads=heads, state_transition=transition), torch.randn(1, 90, WIDTH).double()
     real = torch.rand(1, 90) < 0.5
-    y, state = layer(x, real=real, output_final_state=True)
+    y, state = layer(x, real=real.long(), output_final_state=True)
     alone, alone_state = layer(x[real][None], output_final_state=True)
     torch.testing.assert_close(y[real][None], alone)
     torch.testing.assert_close(state, alone_state)
@@ -184,7 +184,7 @@ def test_the_simple_layer_in_pieces_and_over_padding(reverse, pieces):
 
     real = torch.rand(1, x.shape[1]) < 0.5
     real[0, 0] = True
-    y, state = layer(x[:1], real=real, output_final_state=True)
+    y, state = layer(x[:1], real=real.long(), output_final_state=True)
     alone, alone_state = layer(x[:1][real][None], output_final_state=True)
     torch.testing.assert_close(y[real][None], alone)
     torch.testing.assert_close(state, alone_state)
@@ -195,8 +195,10 @@ def test_sizes_and_names_that_do_not_exist_are_refused():
         GateLoopLayer(12, 5)
     with pytest.raises(ValueError, match=r"must be a multiple of num_heads \(0\)"):
         GateLoopLayer(12, 0)
-    with pytest.raises(ValueError, match="x has no positions"):
-        SimpleGateLoopLayer(12)(torch.zeros(1, 0, 12))
+    for shape in ((1, 0, 12), (5, 12)):
+        for layer in (SimpleGateLoopLayer(12), GateLoopLayer(12)):
+            with pytest.raises(ValueError, match="must be .*B, T"):
+                layer(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"state_transition 'real' does not exist; choose from .*'complex'.*'signed'"):
         GateLoopLayer(12, state_transition="real")
     with pytest.raises(Exception, match=r"must be a multiple of gateloop_num_heads \(7\)"):

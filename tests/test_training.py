@@ -93,8 +93,9 @@ EVERYTHING_RANDOM = [
 ]  # fmt: skip
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(text_files, tmp_path):
-    arguments = [*EVERYTHING_RANDOM, "--max_steps=60", "--save_steps=1000", "--eval_strategy=no"]
+@pytest.mark.parametrize("what", [EVERYTHING_RANDOM, ["--preset=hybrid", "--dropout=0.1"]], ids=["stateful", "hybrid"])
+def test_an_interrupted_run_resumes_to_the_same_weights(what, text_files, tmp_path):
+    arguments = [*what, "--max_steps=60", "--save_steps=1000", "--eval_strategy=no"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert run("train.py", options(text_files, whole, *arguments)).returncode == 0
 
