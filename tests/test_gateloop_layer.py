@@ -197,7 +197,7 @@ def test_sizes_and_names_that_do_not_exist_are_refused():
         GateLoopLayer(12, 0)
     for shape in ((1, 0, 12), (5, 12)):
         for layer in (SimpleGateLoopLayer(12), GateLoopLayer(12)):
-            with pytest.raises(ValueError, match="must be .*B, T"):
+            with pytest.raises(ValueError, match=r"must be .*B, T"):
                 layer(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"state_transition 'real' does not exist; choose from .*'complex'.*'signed'"):
         GateLoopLayer(12, state_transition="real")
