@@ -50,7 +50,7 @@ FORGET = -1000.0
 def evaluation(evaluate: Callable) -> Callable[..., Result]:
     """Checks the arguments, has them in one type, and hands back what a caller expects."""
 
-    @functools.wraps(evaluate)
+    @functools.wraps(evaluate, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
     def wrapper(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -74,6 +74,7 @@ def evaluation(evaluate: Callable) -> Callable[..., Result]:
             y, state = evaluate(q, k, v_, g, phase.to(dtype) if turns else phase, state)
         return y.to(v.dtype), state if output_final_state else None
 
+    del wrapper.__wrapped__  # The signature that help() shows is the wrapper's.
     return wrapper
 
 

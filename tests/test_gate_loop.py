@@ -1,5 +1,7 @@
 """Three evaluations of the GateLoop recurrence, held to a loop that is written out here."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given
@@ -283,6 +285,12 @@ def test_shapes_that_do_not_fit_are_named(evaluation, name, shape, message):
     arguments[name] = torch.zeros(shape, dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
         EVALUATIONS[evaluation](**arguments)
+
+
+def test_all_evaluations_have_the_same_signature():
+    assert {str(inspect.signature(evaluate)) for evaluate in EVALUATIONS.values()} == {
+        str(inspect.signature(gate_loop))
+    }
 
 
 @every_evaluation
