@@ -142,7 +142,7 @@ def chunk_gate_loop(q, k, v, g, phase, state):
     q, k, v, g, phase = (in_chunks(z) for z in (q, k, v, g.clamp(min=FORGET), phase))
     g, phase = precise(g).cumsum(-1), sum_of(phase, -1)
     to_end = (g[..., -1:] - g).exp().to(k.dtype)[..., None]
-    added = turned(k * to_end, phase_between(phase, -1)).transpose(-1, -2) @ v
+    added = turned(k * to_end, phase_to_end(phase)).transpose(-1, -2) @ v
     last_phase = None if phase is None else phase[..., -1]
     a = transition(g[..., -1], last_phase)[..., None, None].to(state.dtype)
     states = linear_scan(a, torch.complex(*added.chunk(2, dim=-2)) if state.is_complex() else added, state)
@@ -197,11 +197,11 @@ def sum_of(phase: torch.Tensor | None, dim: int) -> torch.Tensor | None:
     return phase.cumsum(dim) % 2 == 1 if phase.dtype == torch.bool else precise(phase).cumsum(dim)
 
 
-def phase_between(total: torch.Tensor | None, dim: int) -> torch.Tensor | None:
-    """From each position's Φ on to the last one's."""
+def phase_to_end(total: torch.Tensor | None) -> torch.Tensor | None:
+    """From each position's Φ on to that at the end of its chunk, `[…, CHUNK]`."""
     if total is None:
         return None
-    last = total.narrow(dim, -1, 1)
+    last = total[..., -1:]
     return total ^ last if total.dtype == torch.bool else last - total
 
 

@@ -42,7 +42,7 @@ def scan_of_ours(length: int) -> Work:
     return lambda: torch.autograd.grad(linear_scan(a, x, start), (a, x), grad)
 
 
-def forward(length: int, dtype: torch.dtype) -> tuple[Work, Work]:
+def scan_and_floor(length: int, dtype: torch.dtype) -> tuple[Work, Work]:
     """The scan alone, and one pass over its memory: reading a and x, and writing the result."""
     a, x = (torch.rand(1, length, WIDTH).to(dtype) for _ in range(2))
     start = torch.zeros(1, WIDTH, dtype=dtype)
@@ -155,7 +155,7 @@ def elementwise(pairs: int) -> None:
         compare(what, pairs, (scan_of_ours, length), (scan_of_theirs, length))
         compare(f"{what}, contiguous", pairs, (scan_of_ours, length), (scan_of_theirs, length, True))
         for name, dtype in (("real", torch.float32), ("complex", torch.complex64)):
-            result = paired_ratio(*forward(length, dtype), 4 * pairs, name)
+            result = paired_ratio(*scan_and_floor(length, dtype), 4 * pairs, name)
             what = f"elementwise recurrence, forward, {name}, T = {length}, against one pass over its memory"
             report(what, **{k: result[k] for k in ("ratio", "min", "max")}, floor_ms=result["reference_ms"])
 
@@ -190,7 +190,7 @@ def decoding(pairs: int) -> None:
     works = {}
     for length in (1024, 4096, 16384, 65536):
         cache = ours(torch.randint(0, 256, (1, length)), use_cache=True, logits_to_keep=1).past_key_values
-        works[length] = lambda cache=cache: tokens(ours, token, cache, 16)
+        works[length] = lambda cache=cache: decode(ours, token, cache, 16)
         size = sum(layer.state.numel() * layer.state.element_size() for layer in cache.layers)
         result = paired_ratio(works[length], works[1024], 2 * pairs, "decoding")
         per_token = result["ratio"] * result["reference_ms"] / 16
@@ -203,12 +203,12 @@ def decoding(pairs: int) -> None:
     cache = DynamicCache()
     for i in range(6):
         cache.update(torch.randn(1, 8, 16384, 64), torch.randn(1, 8, 16384, 64), i)
-    theirs = lambda: tokens(gpt2, token, cache, 16)  # noqa: E731
+    theirs = lambda: decode(gpt2, token, cache, 16)  # noqa: E731
     what = "decoding 16 tokens after 16384, against transformers' GPT-2"
     report(what, **times(theirs, works[16384], pairs, what), cache_bytes=6 * 2 * 16384 * WIDTH * 4)
 
 
-def tokens(model: PreTrainedModel, token: torch.Tensor, cache: DynamicCache, number: int) -> None:
+def decode(model: PreTrainedModel, token: torch.Tensor, cache: DynamicCache, number: int) -> None:
     for _ in range(number):
         token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
