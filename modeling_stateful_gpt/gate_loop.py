@@ -141,19 +141,59 @@ def chunk_gate_loop(q, k, v, g, phase, state):
     # Positions that are appended neither forget nor add.
     q, k, v, g, phase = (in_chunks(z) for z in (q, k, v, g.clamp(min=FORGET), phase))
     g, phase = precise(g).cumsum(-1), sum_of(phase, -1)
+    states = states_after_chunks(k, v, g, phase, state)
+    before = side_by_side(torch.cat([state[:, None], states[:, :-1]], dim=1))
+    y = ChunkRead.apply(turned(q, phase), turned(k, phase), v, g, before)
+    return y.transpose(2, 3).flatten(1, 2)[:, :length], states[:, -1].clone()
+
+
+def states_after_chunks(
+    k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, phase: torch.Tensor | None, state: torch.Tensor
+) -> torch.Tensor:
+    """The states `[B, chunks, H, K, V]` at the ends of the chunks; g and phase are summed within each."""
     to_end = (g[..., -1:] - g).exp().to(k.dtype)[..., None]
     added = turned(k * to_end, phase_to_end(phase)).transpose(-1, -2) @ v
-    last_phase = None if phase is None else phase[..., -1]
-    a = transition(g[..., -1], last_phase)[..., None, None].to(state.dtype)
-    states = linear_scan(a, torch.complex(*added.chunk(2, dim=-2)) if state.is_complex() else added, state)
-    before = torch.cat([state[:, None], states[:, :-1]], dim=1)
+    if state.is_complex():
+        added = torch.complex(*added.chunk(2, dim=-2))
+    a = transition(g[..., -1], None if phase is None else phase[..., -1])[..., None, None].to(state.dtype)
+    return linear_scan(a, added, state)
 
-    q, k = turned(q, phase), turned(k, phase)
-    y = q @ side_by_side(before) * g.exp().to(q.dtype)[..., None]
-    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
-    decay = (g[..., :, None] - g[..., None, :]).to(q.dtype).masked_fill(later, -torch.inf).exp()
-    y = y + (q @ k.transpose(-1, -2) * decay) @ v
-    return y.transpose(2, 3).flatten(1, 2)[:, :length], states[:, -1].clone()
+
+class ChunkRead(torch.autograd.Function):
+    """What queries read: of the state before their chunk, and of the keys and values within it. For each chunk,
+
+        y_i = exp(G_i) q_i · state + Σ_{j ≤ i} exp(G_i - G_j) (q_i · k_j) v_j
+
+    with q and k `[…, CHUNK, K]`, v `[…, CHUNK, V]`, sums of log magnitudes G `[…, CHUNK]` and the state `[…, K, V]`.
+    The backward pass computes the weights again, where autograd would keep them several times over.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, state):
+        ctx.save_for_backward(q, k, v, g, state)
+        y = (q @ state).mul_(g.exp().to(q.dtype)[..., None])
+        return y.add_((q @ k.transpose(-1, -2)).mul_(ChunkRead.decay(g, q.dtype)) @ v)
+
+    @staticmethod
+    def decay(g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`exp(G_i - G_j)` where j ≤ i, else 0."""
+        later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=g.device).triu(1)
+        return (g[..., :, None] - g[..., None, :]).to(dtype).masked_fill_(later, -torch.inf).exp_()
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, g, state = ctx.saved_tensors
+        decay, dy = ChunkRead.decay(g, q.dtype), dy.contiguous()
+        dv = (q @ k.transpose(-1, -2)).mul_(decay).transpose(-1, -2) @ dy
+        dweights = (dy @ v.transpose(-1, -2)).mul_(decay)
+        dk = dweights.transpose(-1, -2) @ q
+        dq = dweights @ k
+        del decay, dweights
+        dy = dy * g.exp().to(dy.dtype)[..., None]
+        dq += dy @ state.transpose(-1, -2)
+        # G_i scales all that q_i reads, and -G_j what is read of k_j within the chunk.
+        dg = (torch.linalg.vecdot(q, dq) - torch.linalg.vecdot(k, dk)).to(g.dtype)
+        return dq, dk, dv, dg, q.transpose(-1, -2) @ dy
 
 
 @evaluation
@@ -176,8 +216,9 @@ def in_chunks(z: torch.Tensor | None) -> torch.Tensor | None:
     """`[B, T, H, …]` → `[B, chunks, H, CHUNK, …]`, with zeros behind."""
     if z is None:
         return None
-    z = pad(z, (0, 0) * (z.ndim - 2) + (0, -z.shape[1] % CHUNK))
-    return z.unflatten(1, (-1, CHUNK)).transpose(2, 3)
+    if missing := -z.shape[1] % CHUNK:
+        z = pad(z, (0, 0) * (z.ndim - 2) + (0, missing))
+    return z.unflatten(1, (-1, CHUNK)).transpose(2, 3).contiguous()
 
 
 def precise(z: torch.Tensor) -> torch.Tensor:

@@ -3,14 +3,16 @@
     pip install ".[training,peers]" && python training/benchmark_gateloop.py
 
 Both sides of a ratio run in turn in one process, and the ratio is taken pair by pair. Peak memory is that of one step
-in a process of its own. One JSON line per comparison; `times` is how many times as long, or as much memory, the other
-implementation takes: the median pair, and the smallest and largest. Close everything else.
+in a process of its own, the median of five (it varies with what the allocator keeps). One JSON line per comparison;
+`times` is how many times as long, or as much memory, the other implementation takes: the median pair, and the smallest
+and largest. Close everything else.
 """
 
 import argparse
 import json
 import multiprocessing
 import re
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,9 +109,9 @@ def delta_rule(length: int) -> Work:
 
 
 def peak_memory(make: Callable[..., Work], *arguments) -> float:
-    """MiB that one step adds at its peak to a process that holds the inputs and the weights."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (make, *arguments))
+    """MiB that one step adds at its peak to a process that holds the inputs and the weights: the median of five."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return statistics.median(pool.apply(_peak_memory, (make, *arguments)) for _ in range(5))
 
 
 def _peak_memory(make: Callable[..., Work], length: int, *arguments) -> float:
