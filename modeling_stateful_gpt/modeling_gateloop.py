@@ -445,7 +445,16 @@ class GateLoopDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
 
-class GateLoopPreTrainedModel(PreTrainedModel):
+class SavedAsItself:
+    """Saving copies the code that the class names, and FSDP2 puts a subclass of torch's in its place."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch."):
+            cls.__module__, cls.__name__ = cls.__bases__[-1].__module__, cls.__bases__[-1].__name__
+
+
+class GateLoopPreTrainedModel(SavedAsItself, PreTrainedModel):
     config: GateLoopConfig
     config_class = GateLoopConfig
     base_model_prefix = "model"

@@ -25,7 +25,7 @@ from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import StatefulGPTConfig
 from .feedback import FUSIONS, FusionLinear
 from .generation_stateful_gpt import StatefulGenerationMixin
-from .modeling_gateloop import GateLoopModel, check_inputs, default_position_ids, embed_tokens, look_up
+from .modeling_gateloop import GateLoopModel, SavedAsItself, check_inputs, default_position_ids, embed_tokens, look_up
 from .solvers import SOLVERS, Solution, State, jacobi, sequential
 
 RECORDED = ("output_hidden_states", "output_attentions")
@@ -136,7 +136,7 @@ class LanguageModelRecurrence:
         return states.gather(1, slots[..., None].expand(-1, -1, states.shape[-1]))
 
     def fuse(self, e: torch.Tensor, h: torch.Tensor, has_previous: torch.Tensor) -> torch.Tensor:
-        return torch.where(has_previous[..., None], self.model.feedback(e, h), e)
+        return torch.where(has_previous[..., None], self.model.feedback(e, h).to(e.device), e)
 
     def run(
         self, inputs: torch.Tensor, cache: Cache | None, positions: slice, attention_mask: torch.Tensor | None
@@ -149,7 +149,8 @@ class LanguageModelRecurrence:
             use_cache=cache is not None,
             **self.kwargs,
         )
-        return self.output.last_hidden_state
+        # Spread over devices, a model's last layer may be on another one than the embedding, where its states go next.
+        return self.output.last_hidden_state.to(self.embeds.device)
 
     def mask_at(self, position: int) -> torch.Tensor | None:
         """The attention mask of one position, which sees the ones before it and itself."""
@@ -212,12 +213,14 @@ def reseeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-class StatefulGPTPreTrainedModel(PreTrainedModel):
+class StatefulGPTPreTrainedModel(SavedAsItself, PreTrainedModel):
     config: StatefulGPTConfig
     config_class = StatefulGPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
+    # A counter of batches, which works on any device and which no device map names.
+    _no_placement_params = ["batches_seen"]
     # What is really supported, the language model says when it is built.
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -469,6 +469,8 @@ def train(
         print(f"Stopped at step {trainer.state.global_step}. Run the same command again to resume.")
         return None
 
+    if trainer.is_fsdp_enabled:  # Sharded checkpoints or not, the model that is left is one file.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     tokens_per_step = data_arguments.block_size * training_arguments.train_batch_size
     tokens_per_step *= training_arguments.gradient_accumulation_steps * training_arguments.world_size

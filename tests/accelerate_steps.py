@@ -1,0 +1,99 @@
+"""What the tests start with `accelerate launch`: train.py itself, or a few steps of tiny models on padded batches.
+
+accelerate launch … accelerate_steps.py train <options of train.py>
+accelerate launch … accelerate_steps.py steps <options of TrainingArguments>
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from tiny import stateful, text_config, tokens
+from torch.distributed.tensor import DTensor
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
+
+from modeling_stateful_gpt import GateLoopForCausalLM
+
+MIXTURE = [0.4, 0.3, 0.3]
+LENGTH = 12
+
+
+def hybrid() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return GateLoopForCausalLM(text_config("gateloop-hybrid"))
+
+
+MODELS = {
+    "two passes": lambda: stateful("gateloop", torch.float32, num_passes=2),
+    "mixture": lambda: stateful("llama", torch.float32, feedback="glu", pass_probabilities=MIXTURE),
+    "mixture around a hybrid": lambda: stateful("gateloop-hybrid", torch.float32, pass_probabilities=MIXTURE),
+    "hybrid": hybrid,
+}
+
+
+def examples(number: int) -> list[dict[str, torch.Tensor]]:
+    """Padded on either side, and with tokens that have no loss, so that batches count unequally many."""
+    rows = []
+    for row, input_ids in enumerate(tokens(number, LENGTH)):
+        padding = 5 * row % 8
+        attention_mask = (torch.arange(LENGTH) < LENGTH - padding).long()
+        labels = input_ids.masked_fill((attention_mask == 0) | (torch.arange(LENGTH) < row % 3), -100)
+        example = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        rows.append({name: value.flip(0) if row % 2 else value for name, value in example.items()})
+    return rows
+
+
+FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+# The Trainer shall use the state made here, not one of its own.
+FSDP_OPTIONS = ["--accelerator_config", '{"use_configured_state": true}'] if FSDP else []
+
+
+def prepare_state() -> None:
+    """accelerate has FSDP for accelerators only, and runs DDP on CPUs. Told that these CPU processes are accelerators',
+    it does what it would do with GPUs, but for the transport. It must be told again for each model."""
+    if FSDP:
+        AcceleratorState._reset_state()
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+
+
+def steps(options: list[str]) -> dict[str, dict]:
+    """What each model showed its user, also written to `seen.json` in the output folder."""
+    defaults = ["--max_steps=5", "--logging_steps=1", "--learning_rate=1e-2", "--save_strategy=no", "--use_cpu=true"]
+    defaults += ["--disable_tqdm=true", "--report_to=none", "--ddp_find_unused_parameters=true"]
+    (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*defaults, *options])
+    seen = {}
+    for name, build in MODELS.items():
+        prepare_state()
+        trainer = Trainer(build(), arguments, train_dataset=examples(80))
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        parameters = list(trainer.model.parameters())
+        here = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        seen[name] = {
+            "losses": [entry["loss"] for entry in log],
+            "grad_norms": [entry["grad_norm"] for entry in log],
+            "share": sum(p.numel() for p in here) / sum(p.numel() for p in parameters),
+            "text": trainer.model.eval().generate(tokens(2, 5), max_new_tokens=8, do_sample=False).tolist(),
+        }
+    if arguments.process_index == 0:
+        Path(arguments.output_dir).mkdir(exist_ok=True)
+        (Path(arguments.output_dir) / "seen.json").write_text(json.dumps(seen))
+    return seen
+
+
+def train_py(options: list[str]) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+    from train import parse, run_command, train
+
+    run_command(lambda: train(*parse(options)))
+
+
+if __name__ == "__main__":
+    command, *options = sys.argv[1:]
+    prepare_state()
+    {"train": train_py, "steps": steps}[command](options + FSDP_OPTIONS)
