@@ -25,5 +25,6 @@ $(VENV)/demo: pyproject.toml constraints.txt
 
 $(VENV)/test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[training,peers,test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[training,peers,clients,test]"
+	$(BIN)/python tests/fetch_transformers_tests.py
 	touch $@

@@ -6,17 +6,33 @@ Importing this package registers its models with transformers' Auto classes.
 from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import StatefulGPTConfig
 from .conversion import convert_gateloop_transformer, convert_simple_gate_loop_layer
-from .modeling_gateloop import GateLoopForCausalLM, GateLoopLayer, GateLoopModel, SimpleGateLoopLayer
-from .modeling_stateful_gpt import StatefulGPTForCausalLM, StatefulGPTModel
+from .modeling_gateloop import (
+    GateLoopForCausalLM,
+    GateLoopForSequenceClassification,
+    GateLoopForTokenClassification,
+    GateLoopLayer,
+    GateLoopModel,
+    SimpleGateLoopLayer,
+)
+from .modeling_stateful_gpt import (
+    StatefulGPTForCausalLM,
+    StatefulGPTForSequenceClassification,
+    StatefulGPTForTokenClassification,
+    StatefulGPTModel,
+)
 
 __all__ = [
     "GateLoopConfig",
     "GateLoopForCausalLM",
+    "GateLoopForSequenceClassification",
+    "GateLoopForTokenClassification",
     "GateLoopLayer",
     "GateLoopModel",
     "SimpleGateLoopLayer",
     "StatefulGPTConfig",
     "StatefulGPTForCausalLM",
+    "StatefulGPTForSequenceClassification",
+    "StatefulGPTForTokenClassification",
     "StatefulGPTModel",
     "convert_gateloop_transformer",
     "convert_simple_gate_loop_layer",

@@ -71,6 +71,8 @@ class GateLoopConfig(PreTrainedConfig):
             "AutoConfig": "configuration_gateloop.GateLoopConfig",
             "AutoModel": "modeling_gateloop.GateLoopModel",
             "AutoModelForCausalLM": "modeling_gateloop.GateLoopForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_gateloop.GateLoopForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_gateloop.GateLoopForTokenClassification",
         }
 
     def validate_architecture(self):

@@ -63,6 +63,8 @@ class StatefulGPTConfig(PreTrainedConfig):
             "AutoConfig": "configuration_stateful_gpt.StatefulGPTConfig",
             "AutoModel": "modeling_stateful_gpt.StatefulGPTModel",
             "AutoModelForCausalLM": "modeling_stateful_gpt.StatefulGPTForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_stateful_gpt.StatefulGPTForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_stateful_gpt.StatefulGPTForTokenClassification",
         }
 
     def validate_feedback(self):
@@ -111,6 +113,9 @@ for _name in (
     "max_position_embeddings",
     "tie_word_embeddings",
     "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
 ):
     setattr(StatefulGPTConfig, _name, _read_through(_name))
 

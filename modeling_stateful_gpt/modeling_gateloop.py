@@ -13,6 +13,8 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Cache,
     DynamicCache,
     PreTrainedConfig,
@@ -20,7 +22,11 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -641,6 +647,38 @@ class GateLoopForCausalLM(RecurrentGenerationMixin, GateLoopPreTrainedModel):
         )
 
 
-for auto, model in ((AutoModel, GateLoopModel), (AutoModelForCausalLM, GateLoopForCausalLM)):
-    auto.register(GateLoopConfig, model, exist_ok=True)
-    model.register_for_auto_class(auto.__name__)
+class ClassificationHead:
+    """What transformers' classification heads, which look their base model up in `AutoModel`, need to be told."""
+
+    base_model_class: type[PreTrainedModel]
+
+    def __init__(self, config: PreTrainedConfig):
+        # Loaded as remote code, this file may be imported twice, and `AutoModel` not know this copy's config.
+        AutoModel.register(type(config), self.base_model_class, exist_ok=True)
+        super().__init__(config)  # type: ignore[call-arg]
+
+
+class GateLoopForSequenceClassification(ClassificationHead, GenericForSequenceClassification, GateLoopPreTrainedModel):
+    base_model_class = GateLoopModel
+
+
+class GateLoopForTokenClassification(ClassificationHead, GenericForTokenClassification, GateLoopPreTrainedModel):
+    base_model_class = GateLoopModel
+
+
+def register(config_class: type[PreTrainedConfig], models: dict[Any, type[PreTrainedModel]]) -> None:
+    """Makes each Auto class know its model, and `save_pretrained` copy the code of each."""
+    for auto, model in models.items():
+        auto.register(config_class, model, exist_ok=True)
+        model.register_for_auto_class(auto.__name__)
+
+
+register(
+    GateLoopConfig,
+    {
+        AutoModel: GateLoopModel,
+        AutoModelForCausalLM: GateLoopForCausalLM,
+        AutoModelForSequenceClassification: GateLoopForSequenceClassification,
+        AutoModelForTokenClassification: GateLoopForTokenClassification,
+    },
+)

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
@@ -25,7 +34,16 @@ from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import StatefulGPTConfig
 from .feedback import FUSIONS, FusionLinear
 from .generation_stateful_gpt import StatefulGenerationMixin
-from .modeling_gateloop import GateLoopModel, SavedAsItself, check_inputs, default_position_ids, embed_tokens, look_up
+from .modeling_gateloop import (
+    ClassificationHead,
+    GateLoopModel,
+    SavedAsItself,
+    check_inputs,
+    default_position_ids,
+    embed_tokens,
+    look_up,
+    register,
+)
 from .solvers import SOLVERS, Solution, State, jacobi, sequential
 
 RECORDED = ("output_hidden_states", "output_attentions")
@@ -33,8 +51,9 @@ RECORDED = ("output_hidden_states", "output_attentions")
 
 @dataclass
 class StatefulGPTOutputWithPast(BaseModelOutputWithPast):
-    """`pass_hidden_states`: in training, the last hidden states `[B, T, D]` of every pass. `passes` and `residual`:
-    in evaluation, what the solver did (see `Solution`)."""
+    """`pass_hidden_states`: in training, the last hidden states `[B, T, D]` of every pass; `last_hidden_state` is then,
+    at each position, that of a pass drawn at random. `passes` and `residual`: in evaluation, what the solver did (see
+    `Solution`)."""
 
     pass_hidden_states: tuple[torch.Tensor, ...] | None = None
     passes: int | None = None
@@ -322,11 +341,15 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         recurrence = kind(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
         if training:
             solution = self.train_passes(recurrence, num_passes or self.draw_num_passes())
+            # Heads other than ours see one state for each token. A loss on any pass is on average the mean over all;
+            # one on the last pass alone would leave the recurrence, which is what is decoded, far from any pass.
+            last_hidden_state = any_pass(solution.pass_hidden_states)
         else:
             solution = self.solve(recurrence, num_passes, solver or self.config.solver)
+            last_hidden_state = solution.hidden_states
         recurrence.commit(inputs_embeds if self.config.feedback_source == "embedding" else solution.hidden_states)
         return StatefulGPTOutputWithPast(
-            last_hidden_state=solution.hidden_states,
+            last_hidden_state=last_hidden_state,
             past_key_values=past_key_values,
             hidden_states=recurrence.output.get("hidden_states"),
             attentions=recurrence.output.get("attentions"),
@@ -386,6 +409,16 @@ def refuse_unsupported(language_model: PreTrainedModel) -> None:
     width = language_model.get_input_embeddings().weight.shape[-1]
     if width != config.hidden_size:
         raise ValueError(f"{name} embeds tokens {width} wide; feedback needs its hidden_size, {config.hidden_size}.")
+
+
+def any_pass(passes: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The hidden states `[B, T, D]`, each position's from one of the passes, drawn at random."""
+    states = passes[0]
+    if len(passes) > 1:
+        drawn = torch.randint(len(passes), (*states.shape[:2], 1), device=states.device)
+        for number, others in enumerate(passes[1:], start=1):
+            states = torch.where(drawn == number, others, states)
+    return states
 
 
 def one_pass(hidden_states: torch.Tensor) -> Solution:
@@ -494,6 +527,22 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
         )
 
 
-for auto, model in ((AutoModel, StatefulGPTModel), (AutoModelForCausalLM, StatefulGPTForCausalLM)):
-    auto.register(StatefulGPTConfig, model, exist_ok=True)
-    model.register_for_auto_class(auto.__name__)
+class StatefulGPTForSequenceClassification(
+    ClassificationHead, GenericForSequenceClassification, StatefulGPTPreTrainedModel
+):
+    base_model_class = StatefulGPTModel
+
+
+class StatefulGPTForTokenClassification(ClassificationHead, GenericForTokenClassification, StatefulGPTPreTrainedModel):
+    base_model_class = StatefulGPTModel
+
+
+register(
+    StatefulGPTConfig,
+    {
+        AutoModel: StatefulGPTModel,
+        AutoModelForCausalLM: StatefulGPTForCausalLM,
+        AutoModelForSequenceClassification: StatefulGPTForSequenceClassification,
+        AutoModelForTokenClassification: StatefulGPTForTokenClassification,
+    },
+)

@@ -90,7 +90,8 @@ def test_a_saved_folder_loads_where_the_package_cannot_be_imported(name, tmp_pat
 def test_the_saved_configuration_names_every_auto_class(tmp_path):
     small("stateful").save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    heads = {"AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"}
+    assert set(auto_map) == {"AutoConfig", "AutoModel", *heads}
     for reference in auto_map.values():
         assert (tmp_path / (reference.split(".")[0] + ".py")).is_file()
 
