@@ -38,6 +38,7 @@ from .cache import fill_in_layers
 from .configuration_gateloop import GateLoopConfig
 from .gate_loop import gate_loop, linear_scan
 from .generation_gateloop import RecurrentGenerationMixin, position_limit
+from .hub import HubModel
 
 T = TypeVar("T")
 
@@ -451,16 +452,7 @@ class GateLoopDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
 
-class SavedAsItself:
-    """Saving copies the code that the class names, and FSDP2 puts a subclass of torch's in its place."""
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if cls.__module__.startswith("torch."):
-            cls.__module__, cls.__name__ = cls.__bases__[-1].__module__, cls.__bases__[-1].__name__
-
-
-class GateLoopPreTrainedModel(SavedAsItself, PreTrainedModel):
+class GateLoopPreTrainedModel(HubModel):
     config: GateLoopConfig
     config_class = GateLoopConfig
     base_model_prefix = "model"

@@ -34,10 +34,10 @@ from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import StatefulGPTConfig
 from .feedback import FUSIONS, FusionLinear
 from .generation_stateful_gpt import StatefulGenerationMixin
+from .hub import HubModel
 from .modeling_gateloop import (
     ClassificationHead,
     GateLoopModel,
-    SavedAsItself,
     check_inputs,
     default_position_ids,
     embed_tokens,
@@ -232,7 +232,7 @@ def reseeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-class StatefulGPTPreTrainedModel(SavedAsItself, PreTrainedModel):
+class StatefulGPTPreTrainedModel(HubModel):
     config: StatefulGPTConfig
     config_class = StatefulGPTConfig
     base_model_prefix = "model"

@@ -8,23 +8,19 @@ command again goes on from there.
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import torch
 from evaluate import evaluate
+from plot import draw
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from train import PRESETS, RunError, TrainingData, load_model, parse, prepare_data, run_command, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 # Wide enough for the table where the output is not a terminal.
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -111,29 +107,6 @@ def show_table(arguments: CompareArguments, records: list[dict]) -> None:
     console.print("Exact: stepped token by token, as in decoding.")
 
 
-def draw(arguments: CompareArguments, records: list[dict], path: Path) -> None:
-    """Validation bits per byte, stepped exactly, against the tokens seen: a line per preset, its seeds thin behind."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for preset in arguments.presets:
-        runs = [record for record in records if record["preset"] == preset]
-        curves = []
-        for run in runs:
-            scale = 1 / math.log(2) / run["data"]["bytes_per_token"]
-            tokens_per_step = run["tokens"] / max(entry["step"] for entry in run["log"])
-            curves.append({e["step"] * tokens_per_step: e["eval_loss"] * scale for e in run["log"] if e["step"] > 0})
-        # A run that was interrupted has one more evaluation, where it was resumed.
-        common = sorted(set.intersection(*map(set, curves)))
-        mean = [sum(curve[tokens] for curve in curves) / len(curves) for tokens in common]
-        (line,) = axes.plot(common, mean, label=preset, linewidth=2)
-        for curve in curves if len(curves) > 1 else []:
-            axes.plot(list(curve), list(curve.values()), color=line.get_color(), linewidth=0.6, alpha=0.6)
-    axes.set(xlabel="training tokens seen", ylabel="validation bits per byte, stepped exactly")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 @torch.no_grad()
 def show_samples(arguments: CompareArguments, folder: Path) -> None:
     for preset in arguments.presets:
@@ -159,7 +132,8 @@ def main() -> None:
         return
     folder = Path(arguments.output_dir)
     show_table(arguments, records)
-    draw(arguments, records, folder / "comparison.png")
+    runs = {preset: [record for record in records if record["preset"] == preset] for preset in arguments.presets}
+    draw(runs, folder / "comparison.png")
     console.print(f"Loss curves: {folder / 'comparison.png'}")
     show_samples(arguments, folder)
     console.print(f"Each run folder in {folder} is a checkpoint that AutoModelForCausalLM.from_pretrained loads.")

@@ -3,7 +3,8 @@
     python training/evaluate.py runs/stateful --passes 1 2 3 5 10
     python training/evaluate.py runs/stateful --text_file book.txt
 
-Whether the passes approach the exact value shows whether the model that is decoded is the model that was trained.
+Whether the passes approach the exact value shows whether the model that is decoded is the model that was trained. The
+numbers are also left beside the checkpoint, in evaluation.json, from where they go into its model card.
 """
 
 import argparse
@@ -90,6 +91,10 @@ def main() -> None:
         arguments.batch_size,
         arguments.max_blocks,
     )
+    if Path(arguments.checkpoint).is_dir():
+        text = ", ".join(Path(name).name for name in files) if files else "Validation text of the default corpus"
+        record = {"text": text, "block_size": arguments.block_size, "results": results}
+        (Path(arguments.checkpoint) / "evaluation.json").write_text(json.dumps(record, indent=1))
     if arguments.json:
         print(json.dumps(results))
         return

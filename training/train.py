@@ -20,6 +20,7 @@ import torch
 from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, sample_blocks, token_blocks
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
+from plot import draw
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -42,6 +43,7 @@ from modeling_stateful_gpt import (
     StatefulGPTForCausalLM,
 )
 from modeling_stateful_gpt.generation_gateloop import position_limit
+from modeling_stateful_gpt.hub import upload
 
 logger = logging.get_logger("training")
 
@@ -484,8 +486,20 @@ def train(
         "log": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
     }
     if main_process:
+        if any(entry["step"] > 0 for entry in results["log"]):
+            draw({results["preset"]: [results]}, folder / "training_curve.png")
         results_file.write_text(json.dumps(results, indent=1))
         print(f"Saved to {folder}.")
+        if training_arguments.push_to_hub:
+            # What Trainer has pushed until now has a card of its own, and no tag.
+            commit = upload(
+                folder,
+                trainer.hub_model_id,
+                token=training_arguments.hub_token,
+                revision=training_arguments.hub_revision,
+                commit_message="End of training",
+            )
+            print(f"Pushed to {commit.commit_url}.")
     return results
 
 

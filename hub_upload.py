@@ -1,0 +1,136 @@
+"""Publishes a checkpoint folder on the Hugging Face Hub, with code, tokenizer, licence and model card, in one commit.
+
+    python hub_upload.py runs/mine me/mine --dry-run
+    python hub_upload.py runs/mine me/mine --private
+
+The model card is made of what `train.py` and `evaluate.py` left beside the weights, pictures included; a README.md
+that is written by hand, in the folder or on the Hub, is kept. The commit gets a tag (v1, v2, …), and the card's example
+loads that version.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+import modeling_stateful_gpt
+from modeling_stateful_gpt.hub import contents, task_of, upload
+
+
+class UploadError(ValueError):
+    """The upload cannot be made as asked; the message says what to do."""
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises an UploadError for a folder from which `from_pretrained` could not load a model and its tokenizer."""
+    if not folder.is_dir():
+        raise UploadError(f"There is no folder {folder}.")
+    if (folder / "adapter_config.json").exists():
+        raise UploadError(f"{folder} holds a PEFT adapter; PeftModel.from_pretrained(…).push_to_hub(…) publishes it.")
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        auto_class, _ = task_of(raw)
+        modules = {name.split(".")[0] for name in raw["auto_map"].values()}
+        with torch.device("meta"):
+            model_class: type[PreTrainedModel] = getattr(modeling_stateful_gpt, raw["architectures"][0])
+            expected = model_class(AutoConfig.from_pretrained(folder))
+    except Exception as error:
+        raise UploadError(
+            f"{folder} is no checkpoint of this package: its config.json cannot be used "
+            f"({type(error).__name__}: {error}). Save one with save_pretrained, or name an output folder of train.py."
+        ) from error
+    if missing := [f"{module}.py" for module in sorted(modules) if not (folder / f"{module}.py").exists()]:
+        raise UploadError(f"{folder} lacks its code ({', '.join(missing)}). Save it again with model.save_pretrained.")
+
+    shapes = {}
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UploadError(f"{file} is damaged ({error}). Save the checkpoint again.") from error
+    tied = set(expected.all_tied_weights_keys)
+    lacking = [
+        name for name, z in expected.state_dict().items() if name not in tied and shapes.get(name) != tuple(z.shape)
+    ]
+    if lacking:
+        raise UploadError(
+            f"{folder} has no weights (*.safetensors), or of other shapes, for {', '.join(lacking[:3])}"
+            f"{' …' if len(lacking) > 3 else ''}. Its config.json and its weights do not belong together, or it was "
+            f"not saved completely; save it again with model.save_pretrained."
+        )
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UploadError(
+            f"{folder} has no tokenizer that loads ({type(error).__name__}). Save one into it with "
+            f"tokenizer.save_pretrained({str(folder)!r})."
+        ) from error
+    if auto_class == "AutoModelForCausalLM" and not (folder / "generation_config.json").exists():
+        raise UploadError(f"{folder} has no generation_config.json. Save it again with model.save_pretrained.")
+
+
+def show(folder: Path, repo_id: str, tag: str | None) -> None:
+    table = Table("file", "size", title=f"{folder} → {repo_id} (nothing was changed)")
+    for name, content in sorted(contents(folder, repo_id, tag).items()):
+        table.add_row(name, decimal(len(content) if isinstance(content, bytes) else content.stat().st_size))
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("repo_id", help="namespace/name, or a name in your own namespace")
+    parser.add_argument("--private", action="store_true", help="only you can see the new repository")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request; tag it when it is merged")
+    parser.add_argument("--revision", help="the branch to commit to; it is created if it does not exist")
+    parser.add_argument("--tag", help="the tag of the commit; default: the first of v1, v2, … that is free")
+    parser.add_argument("--dry-run", action="store_true", help="print every file and its size, and change nothing")
+    options = parser.parse_args(arguments)
+    folder, repo_id = options.checkpoint, options.repo_id
+    try:
+        validate_repo_id(repo_id)
+        if options.create_pr and options.tag:
+            raise UploadError("A pull request gets no tag before it is merged; leave out --tag.")
+        check_checkpoint(folder)
+        if options.dry_run:
+            show(folder, repo_id, None if options.create_pr else options.tag or "v1")
+            return
+        if get_token() is None:
+            raise UploadError(
+                "You are not logged in to the Hub. Make a token with write access at "
+                "https://huggingface.co/settings/tokens and run `hf auth login`, or set HF_TOKEN."
+            )
+        commit = upload(
+            folder,
+            repo_id,
+            private=options.private or None,
+            revision=options.revision,
+            create_pr=options.create_pr,
+            tag=options.tag,
+        )
+        print(commit.pr_url or commit.commit_url)
+    except HfHubHTTPError as error:
+        advice = {
+            401: "The token is not valid; make one at https://huggingface.co/settings/tokens and run `hf auth login`.",
+            403: "The token may not write there: choose your own namespace, a token with write access, or --create-pr.",
+        }.get(error.response.status_code, "Nothing was published; try again later.")
+        sys.exit(f"error: The Hub refused: {error}\n{advice}")
+    except (HFValidationError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: The Hub cannot be reached, or a file not be read: {error}")
+
+
+if __name__ == "__main__":
+    main()

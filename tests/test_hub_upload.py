@@ -1,0 +1,385 @@
+"""A checkpoint goes to a Hub (one on localhost) and comes back in a process that cannot import the package."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from data import byte_tokenizer
+from hub_server import HubServer, online
+from huggingface_hub import HfApi, ModelCard
+from test_clients import HEADS, learned, prompt
+from train import parse, train
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+import hub_upload
+from modeling_stateful_gpt import StatefulGPTForCausalLM
+
+IDS = torch.tensor([[72, 101, 108, 108, 111]])
+STRANGER = """
+import json, sys
+sys.modules["modeling_stateful_gpt"] = None  # any import of the package now fails
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+repo, revision = sys.argv[1], sys.argv[2] or None
+model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, trust_remote_code=True)
+logits = model(torch.tensor([[72, 101, 108, 108, 111]])).logits.tolist()
+ids = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)("hé")["input_ids"]
+generator = pipeline("text-generation", model=repo, revision=revision, trust_remote_code=True)
+text = generator("user: hi<|endoftext|>assistant: ", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+print(json.dumps([logits, ids, text]))
+"""
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with HubServer() as hub:
+        online(monkeypatch, hub)
+        yield hub
+        assert hub.unknown == []
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """The output folder of a short training run."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text("".join(f"{number} and {number + 1}\n\n" for number in range(2000)))
+    options = "--max_steps 3 --eval_steps 2 --hidden_size 16 --num_hidden_layers 1 --block_size 32 --use_cpu"
+    train(*parse([*options.split(), "--text_file", str(folder / "text.txt"), "--output_dir", str(folder / "model")]))
+    return folder / "model"
+
+
+@pytest.fixture
+def checkpoint(run, tmp_path):
+    shutil.copytree(run, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def in_a_fresh_process(hub, tmp_path, code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.run(
+        command, env=hub.environment(tmp_path / "home"), stdout=subprocess.PIPE, text=True, check=True, timeout=300
+    )
+    return process.stdout
+
+
+def check_that_it_loads(hub, tmp_path, model, repo_id, revision=""):
+    logits, ids, text = json.loads(in_a_fresh_process(hub, tmp_path, STRANGER, repo_id, revision).splitlines()[-1])
+    torch.testing.assert_close(torch.tensor(logits), model.eval()(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert ids == list("hé".encode())
+    inputs = byte_tokenizer()(prompt("hi"), return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    assert text == prompt("hi") + byte_tokenizer().decode(
+        expected[inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+
+
+def files(hub, repo_id, revision="main"):
+    return hub.repos[repo_id].commit(revision).files
+
+
+def card(hub, repo_id, revision="main"):
+    return ModelCard(files(hub, repo_id, revision)["README.md"].decode())
+
+
+def snippet(model_card):
+    return re.search(r"```python\n(.*?)```", model_card.text, re.DOTALL)[1]
+
+
+def test_an_uploaded_checkpoint_is_complete_and_its_card_tells_how_to_load_it(hub, checkpoint, tmp_path, capsys):
+    hub_upload.main([str(checkpoint), "mine"])
+    repo = hub.repos["me/mine"]
+    assert [commit.message for commit in repo.commits] == ["initial commit", "Upload model"]
+    assert capsys.readouterr().out.strip().endswith(repo.branches["main"])
+    assert repo.tags == {"v1": repo.branches["main"]} and not repo.private
+
+    uploaded = files(hub, "me/mine")
+    config = json.loads(uploaded["config.json"])
+    assert {reference.split(".")[0] + ".py" for reference in config["auto_map"].values()} < set(uploaded)
+    others = {"model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"}
+    assert others | {"training_curve.png", "results.json"} < set(uploaded)
+    # What is pickled, or names the files of this machine, stays here.
+    assert not any(name.endswith(".bin") or name == "run.json" for name in uploaded)
+    assert not any(str(tmp_path).encode() in content for content in uploaded.values())
+
+    model_card = card(hub, "me/mine")
+    assert model_card.data.to_dict() == {
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["custom_code", "stateful-gpt"],
+    }
+    for shown in ("| learning_rate | 0.001 |", "| exact | ", "![training_curve.png](training_curve.png)"):
+        assert shown in model_card.text
+    check_that_it_loads(hub, tmp_path, AutoModelForCausalLM.from_pretrained(checkpoint), "me/mine", "v1")
+    assert 'revision="v1"' in snippet(model_card)
+    assert in_a_fresh_process(hub, tmp_path, snippet(model_card)).startswith("The")
+
+
+def test_versions_are_counted_and_old_ones_stay(hub, checkpoint, tmp_path):
+    hub_upload.main([str(checkpoint), "me/mine"])
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(checkpoint, max_shard_size="10kB")
+    (checkpoint / "model.safetensors").unlink(missing_ok=True)
+    hub_upload.main([str(checkpoint), "me/mine"])
+    assert set(hub.repos["me/mine"].tags) == {"v1", "v2"}
+    assert "model.safetensors" not in files(hub, "me/mine")
+    assert 'revision="v2"' in snippet(card(hub, "me/mine"))
+    check_that_it_loads(hub, tmp_path, model, "me/mine", "v2")
+    model.load_state_dict(before, strict=False)
+    check_that_it_loads(hub, tmp_path, model, "me/mine", "v1")
+
+
+def test_the_options(hub, checkpoint, tmp_path, monkeypatch, capsys):
+    hub_upload.main([str(checkpoint), "me/mine", "--private", "--tag", "first"])
+    repo = hub.repos["me/mine"]
+    main = repo.branches["main"]
+    assert repo.private and repo.tags == {"first": main}
+
+    (checkpoint / "extra.json").write_text("{}")
+    hub_upload.main([str(checkpoint), "me/mine", "--revision", "dev"])
+    assert repo.branches["main"] == main and repo.tags["v1"] == repo.branches["dev"]
+    assert "extra.json" in files(hub, "me/mine", "dev") and "extra.json" not in files(hub, "me/mine")
+
+    hub_upload.main([str(checkpoint), "me/mine", "--create-pr"])
+    assert repo.branches["main"] == main and "extra.json" in files(hub, "me/mine", "refs/pr/1")
+    assert capsys.readouterr().out.strip().endswith("discussions/1")
+    assert "revision" not in snippet(card(hub, "me/mine", "refs/pr/1"))
+
+
+def test_a_dry_run_prints_every_file_and_changes_nothing(hub, checkpoint, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    hub.fail_on = lambda method, path: True
+    before = sorted(path.name for path in checkpoint.iterdir())
+    hub_upload.main([str(checkpoint), "me/mine", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert hub.repos == {} and sorted(path.name for path in checkpoint.iterdir()) == before
+    hub.fail_on = lambda method, path: False
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    hub_upload.main([str(checkpoint), "me/mine"])
+    listed = dict(re.findall(r"│ (\S+)\s+│ ([\d.,]+ \S+)", printed))
+    assert set(listed) == set(files(hub, "me/mine")) - {".gitattributes"}
+    assert listed["generation_config.json"].startswith(str(len(files(hub, "me/mine")["generation_config.json"])))
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def change_config(**fields):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return change
+
+
+def cut_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (without("config.json"), "config.json cannot be used"),
+        (without("model.safetensors"), "no weights"),
+        (without("tokenizer.json"), "tokenizer.save_pretrained"),
+        (without("generation_config.json"), "generation_config.json"),
+        (without("modeling_stateful_gpt.py"), "lacks its code"),
+        (change_config(architectures=["LlamaForCausalLM"]), "config.json cannot be used"),
+        (change_config(feedback="correction"), "do not belong together"),
+        (cut_weights, "damaged"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "PEFT adapter"),
+        (shutil.rmtree, "There is no folder"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_refused(damage, message, hub, checkpoint):
+    damage(checkpoint)
+    for options in [], ["--dry-run"]:
+        with pytest.raises(SystemExit, match=message):
+            hub_upload.main([str(checkpoint), "me/mine", *options])
+    assert hub.repos == {}
+
+
+def test_what_the_hub_would_refuse_is_refused_with_advice(hub, checkpoint, monkeypatch):
+    def refused(message, *arguments):
+        with pytest.raises(SystemExit, match=message):
+            hub_upload.main([str(checkpoint), *arguments])
+
+    for name in ("me//mine", "a/b/c", "me/-mine", "me/my model"):
+        refused("Repo id|repo_id", name)
+    refused("namespace", "other/mine")
+    refused("There is no me/mine", "me/mine", "--create-pr")
+    assert hub.repos == {}
+    hub_upload.main([str(checkpoint), "me/mine"])
+    refused("'v1' already", "me/mine", "--tag", "v1")
+    refused("public", "me/mine", "--private")
+    refused("leave out --tag", "me/mine", "--create-pr", "--tag", "v9")
+    assert len(hub.repos["me/mine"].commits) == 2
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    refused("token is not valid", "me/mine")
+    monkeypatch.delenv("HF_TOKEN")
+    refused("hf auth login", "me/mine")
+
+
+@pytest.mark.parametrize("step", ["/preupload/", "/upload/", "/commit/", "/tag/"])
+def test_after_a_failure_nothing_is_half_published(step, hub, checkpoint):
+    hub.fail_on = lambda method, path: step in path
+    with pytest.raises((SystemExit, RuntimeError)):
+        hub_upload.main([str(checkpoint), "me/mine"])
+    assert hub.repos == {}
+
+    hub.fail_on = lambda method, path: False
+    hub_upload.main([str(checkpoint), "me/mine"])
+    repo, before = hub.repos["me/mine"], dict(files(hub, "me/mine"))
+    (checkpoint / "extra.json").write_text("{}")
+    change_config(tolerance=0.5)(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(checkpoint)
+    hub.fail_on = lambda method, path: step in path
+    for options in [], ["--revision", "dev"]:
+        with pytest.raises((SystemExit, RuntimeError)):
+            hub_upload.main([str(checkpoint), "me/mine", *options])
+        assert files(hub, "me/mine") == before
+        assert set(repo.branches) == {"main"} and set(repo.tags) == {"v1"}
+
+
+def test_a_card_written_by_hand_is_kept(hub, checkpoint):
+    hub_upload.main([str(checkpoint), "me/mine"])
+    HfApi(endpoint=hub.url).upload_file(
+        repo_id="me/mine", path_in_repo="README.md", path_or_fileobj=b"---\nlicense: mit\n---\n# From the website\n"
+    )
+    hub_upload.main([str(checkpoint), "me/mine"])
+    assert "From the website" in card(hub, "me/mine").text
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n# From the folder\n")
+    hub_upload.main([str(checkpoint), "me/mine"])
+    assert "From the folder" in card(hub, "me/mine").text
+
+
+def test_the_card_names_the_dataset_and_the_base_model_and_holds_what_evaluate_found(hub, checkpoint):
+    api = HfApi(endpoint=hub.url)
+    api.create_repo("me/base")
+    api.upload_file(
+        repo_id="me/base", path_in_repo="README.md", path_or_fileobj=b"---\nlicense: mit\n---\nA base model.\n"
+    )
+    run = json.loads((checkpoint / "run.json").read_text())
+    run |= {"dataset_name": "me/words", "dataset_config_name": "small", "model_name_or_path": "me/base"}
+    (checkpoint / "run.json").write_text(json.dumps(run))
+    found = {"exact": {"bits_per_byte": 1.25, "perplexity": 2.5}}
+    (checkpoint / "evaluation.json").write_text(json.dumps({"text": "A book", "block_size": 64, "results": found}))
+    hub_upload.main([str(checkpoint), "me/mine"])
+    data = card(hub, "me/mine").data
+    assert (data.license, data.datasets, data.base_model) == ("mit", ["me/words"], "me/base")
+    assert "| exact | 1.2500 | 2.500 |" in card(hub, "me/mine").text
+    (entry,) = yaml.safe_load(files(hub, "me/mine")[".eval_results/me--words.yaml"])
+    assert entry["dataset"] == {"id": "me/words", "task_id": "small"}
+    loss = json.loads((checkpoint / "results.json").read_text())["log"][-1]["eval_loss"]
+    assert entry["value"] == pytest.approx(loss / 0.6931, rel=1e-2)  # The tokens are bytes.
+
+
+@pytest.mark.parametrize("name", ["stateful", "hybrid", "stateful around gpt2"])
+def test_push_to_hub_publishes_the_same(name, hub, tmp_path):
+    model = learned(name)
+    commit = model.push_to_hub("mine", commit_message="First", private=True, tags=["chat"])
+    assert commit.oid == hub.repos["me/mine"].tags["v1"] == hub.repos["me/mine"].branches["main"]
+    assert hub.repos["me/mine"].private and hub.repos["me/mine"].commit("main").message == "First"
+    assert "chat" in card(hub, "me/mine").data.tags and "LICENSE" in files(hub, "me/mine")
+    # Without a tokenizer, its example does without.
+    assert in_a_fresh_process(hub, tmp_path, snippet(card(hub, "me/mine"))) == ""
+    byte_tokenizer().push_to_hub("me/mine")
+    check_that_it_loads(hub, tmp_path, model, "me/mine")
+
+
+REPUBLISH = """
+import sys
+sys.modules["modeling_stateful_gpt"] = None
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained("me/mine", trust_remote_code=True).push_to_hub("me/again")
+"""
+
+
+def test_a_model_that_was_loaded_as_code_publishes_the_same(hub, checkpoint, tmp_path):
+    hub_upload.main([str(checkpoint), "me/mine"])
+    in_a_fresh_process(hub, tmp_path, REPUBLISH)
+    first, second = files(hub, "me/mine"), files(hub, "me/again")
+    for name in ("model.safetensors", "LICENSE", *(name for name in first if name.endswith(".py"))):
+        assert first[name] == second[name], name
+    assert card(hub, "me/again").data.base_model == "me/mine"
+
+
+def test_the_base_of_a_converted_model_is_named(hub, tmp_path):
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=4))
+    plain.push_to_hub("me/plain")
+    StatefulGPTForCausalLM.from_backbone("me/plain").push_to_hub("me/mine")
+    assert card(hub, "me/mine").data.base_model == "me/plain"
+    assert card(hub, "me/mine").data.license == "unknown"
+
+
+@pytest.mark.parametrize("kind,pipeline_tag", [("sequence", "text-classification"), ("token", "token-classification")])
+def test_a_classification_head_says_what_it_is(kind, pipeline_tag, hub, tmp_path):
+    learned("stateful").save_pretrained(tmp_path / "model")
+    HEADS[kind][0].from_pretrained(tmp_path / "model", num_labels=3).push_to_hub("me/mine")
+    assert card(hub, "me/mine").data.pipeline_tag == pipeline_tag
+    in_a_fresh_process(hub, tmp_path, snippet(card(hub, "me/mine")))
+
+
+def test_trainer_pushes_a_repository_that_loads(hub, tmp_path):
+    tokenizer = byte_tokenizer()
+    data = [{"input_ids": ids, "labels": ids} for ids in tokenizer(["hello you"] * 4)["input_ids"]]
+    trainer = Trainer(
+        copy.deepcopy(learned("stateful")),
+        TrainingArguments(
+            tmp_path / "out", max_steps=1, use_cpu=True, report_to="none", push_to_hub=True, hub_model_id="me/mine"
+        ),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    assert "LICENSE" in files(hub, "me/mine") and "custom_code" in card(hub, "me/mine").data.tags
+    check_that_it_loads(hub, tmp_path, trainer.model, "me/mine")
+
+
+def test_the_training_command_pushes_a_complete_repository(hub, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three\n" * 300)
+    options = "--max_steps 2 --hidden_size 16 --num_hidden_layers 1 --block_size 16 --use_cpu --push_to_hub"
+    names = ["--hub_model_id", "me/mine", "--output_dir", str(tmp_path / "out")]
+    train(*parse([*options.split(), *names, "--text_file", str(tmp_path / "text.txt")]))
+    assert 'revision="v1"' in snippet(card(hub, "me/mine", "v1"))
+    assert "training_curve.png" in files(hub, "me/mine")
+    check_that_it_loads(hub, tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path / "out"), "me/mine", "v1")
+
+
+WITH_ADAPTER = """
+import json, sys
+sys.modules["modeling_stateful_gpt"] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained("me/base", trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "me/adapter")
+print(json.dumps(model(torch.tensor([[72, 101, 108, 108, 111]])).logits.tolist()))
+"""
+
+
+def test_an_adapter_is_published_for_a_published_base(hub, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    learned("stateful").push_to_hub("me/base")
+    base = AutoModelForCausalLM.from_pretrained("me/base")
+    config = peft.LoraConfig(target_modules="all-linear", modules_to_save=["feedback"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config).eval()
+    model.push_to_hub("me/adapter")
+    logits = torch.tensor(json.loads(in_a_fresh_process(hub, tmp_path, WITH_ADAPTER).splitlines()[-1]))
+    torch.testing.assert_close(logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, learned("stateful")(IDS).logits, atol=1e-2)
