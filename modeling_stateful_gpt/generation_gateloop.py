@@ -8,7 +8,12 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     """How many positions the model of `config` can tell apart; None where no layer attends, so that none are told."""
     if not any("attention" in layer_type for layer_type in getattr(config, "layer_types", None) or ["attention"]):
         return None
-    return getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None:
+        # Where RoPE is scaled, positions reach further, by a factor that the limit may or may not contain already.
+        rope = getattr(config, "rope_parameters", None) or {}
+        limit = max(limit, int((rope.get("factor") or 1) * rope.get("original_max_position_embeddings", limit)))
+    return limit
 
 
 class RecurrentGenerationMixin(GenerationMixin):

@@ -434,6 +434,9 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
         name = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
+        if self._tp_plan:
+            # Tensor parallelism splits the embedding, whose weight may be the head's.
+            self._tp_plan["lm_head"] = "colwise_gather_output"
 
     @classmethod
     def from_backbone(
