@@ -7,8 +7,10 @@ imported for those who do not use it, and a model around another one can have th
 
 import sys
 
-FUSION = ["feedback.query", "feedback.key", "feedback.value", "feedback.gate", "feedback.up", "feedback.down"]
-"""The linear layers of all fusions."""
+import torch
+from torch import nn
+
+from .feedback import FUSIONS
 
 
 def write_gateloop_rows(model_type: str) -> None:
@@ -17,7 +19,7 @@ def write_gateloop_rows(model_type: str) -> None:
         table[model_type] = ["mixer_norm", "mlp_norm", "norm"] if "LNTUNING" in name else table["llama"]
 
 
-def write_stateful_rows(model_type: str, text_model_type: str) -> None:
+def write_stateful_rows(model_type: str, text_model_type: str, feedback: str | None) -> None:
     """Those of the language model, if it has any, and the fusion where something is added to weights: around a trained
     model it starts at zero, and would stay there."""
     for name, table in tables().items():
@@ -25,7 +27,15 @@ def write_stateful_rows(model_type: str, text_model_type: str) -> None:
         if text_model_type in table:
             row = table[text_model_type]
             adds = isinstance(row, list) and not any(method in name for method in ("LNTUNING", "IA3"))
-            table[model_type] = row + FUSION if adds else row
+            table[model_type] = row + linear_layers(feedback) if adds else row
+
+
+def linear_layers(feedback: str | None) -> list[str]:
+    if feedback is None:
+        return []
+    with torch.device("meta"):
+        modules = FUSIONS[feedback](1).named_modules()
+    return [f"feedback.{name}" for name, module in modules if isinstance(module, nn.Linear)]
 
 
 def tables() -> dict[str, dict]:

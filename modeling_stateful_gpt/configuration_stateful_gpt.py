@@ -70,7 +70,7 @@ class StatefulGPTConfig(PreTrainedConfig):
 
     def to_dict(self):
         fields = super().to_dict()
-        write_stateful_rows(self.model_type, self.text_config.model_type)
+        write_stateful_rows(self.model_type, self.text_config.model_type, self.feedback)
         return fields
 
     def validate_feedback(self):
