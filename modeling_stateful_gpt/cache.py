@@ -144,9 +144,22 @@ STATIC_LAYER_TYPE_MAPPING["gateloop"] = GateLoopStateLayer
 
 
 def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
-    """Gives a cache that was made without a configuration, and is empty, the layers that `config` asks for."""
+    """Gives a cache that was made without a configuration, and is empty, the layers that `config` asks for.
+
+    Raises:
+        ValueError: for a cache with keys and values where the model has a GateLoop layer.
+    """
     if not cache.layers:
         cache.layers = DynamicCache(config=config).layers
+    layer_types = getattr(config, "layer_types", None) or []
+    for number, (layer_type, layer) in enumerate(zip(layer_types, cache.layers, strict=False)):
+        # Not isinstance: loaded as remote code, this file may be imported twice.
+        if layer_type == "gateloop" and getattr(layer, "_layer_type", None) != "gateloop":
+            raise ValueError(
+                f"The cache holds keys and values for layer {number}, a GateLoop layer, whose past is a state. Make it "
+                f"by DynamicCache(config=model.config). A prefix of keys and values (peft's PrefixTuningConfig) cannot "
+                f"be given to such a model; PromptTuningConfig, PromptEncoderConfig and LoraConfig can."
+            )
 
 
 def last_hidden_state_layer(cache: Cache, text_config: PreTrainedConfig) -> LastHiddenStateLayer:

@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, configuration_utils
 from transformers.modeling_rope_utils import RopeParameters
 
+from .adapters import write_gateloop_rows
+
 
 @strict
 class GateLoopConfig(PreTrainedConfig):
@@ -74,6 +76,10 @@ class GateLoopConfig(PreTrainedConfig):
             "AutoModelForSequenceClassification": "modeling_gateloop.GateLoopForSequenceClassification",
             "AutoModelForTokenClassification": "modeling_gateloop.GateLoopForTokenClassification",
         }
+
+    def to_dict(self):
+        write_gateloop_rows(self.model_type)
+        return super().to_dict()
 
     def validate_architecture(self):
         if self.num_hidden_layers < 1:

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .adapters import write_stateful_rows
 from .configuration_gateloop import GateLoopConfig
 from .feedback import FUSIONS
 from .solvers import SOLVERS
@@ -66,6 +67,11 @@ class StatefulGPTConfig(PreTrainedConfig):
             "AutoModelForSequenceClassification": "modeling_stateful_gpt.StatefulGPTForSequenceClassification",
             "AutoModelForTokenClassification": "modeling_stateful_gpt.StatefulGPTForTokenClassification",
         }
+
+    def to_dict(self):
+        fields = super().to_dict()
+        write_stateful_rows(self.model_type, self.text_config.model_type, self.feedback)
+        return fields
 
     def validate_feedback(self):
         if self.feedback is not None and self.feedback not in FUSIONS:

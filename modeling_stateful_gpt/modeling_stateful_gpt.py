@@ -7,7 +7,7 @@ it solved, and `StatefulGPTForCausalLM` puts the head on it.
 import inspect
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -205,7 +205,8 @@ class TrainingRecurrence(LanguageModelRecurrence):
             lengths = torch.rand(batch, 1, device=device) * (self.length + 1)
             lengths = lengths * (torch.rand(batch, 1, device=device) < config.prefix_mixin)
             self.has_previous &= torch.arange(self.length, device=device) >= lengths.long()
-        self.seed = int(torch.randint(2**62, ()))
+        self.shares_masks = config.share_dropout_masks and has_dropout(self.model.language_model)
+        self.seed: int | None = None
 
     def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
         config = self.model.config
@@ -217,8 +218,23 @@ class TrainingRecurrence(LanguageModelRecurrence):
         return super().sweep(states)
 
     def run(self, *args, **kwargs) -> torch.Tensor:
-        with reseeded(self.seed, self.embeds.device) if self.model.config.share_dropout_masks else nullcontext():
+        return self.run_with_shared_masks(*args, **kwargs) if self.shares_masks else super().run(*args, **kwargs)
+
+    # Compiled, each pass is then a graph of its own, and draws its masks from the seed when it begins.
+    @torch.compiler.disable(recursive=False)
+    def run_with_shared_masks(self, *args, **kwargs) -> torch.Tensor:
+        if self.seed is None:
+            self.seed = int(torch.randint(2**62, ()))
+        with reseeded(self.seed, self.embeds.device):
             return super().run(*args, **kwargs)
+
+
+def has_dropout(language_model: PreTrainedModel) -> bool:
+    """Whether it may drop anything: by its configuration, or by a module (of an adapter, say)."""
+    fields = {name: p for name, p in vars(language_model.config).items() if "drop" in name}
+    # Of heads that are not there.
+    configured = any(p for name, p in fields.items() if not name.startswith(("summary", "classifier")))
+    return configured or any(isinstance(m, nn.Dropout) and m.p > 0 for m in language_model.modules())
 
 
 @contextmanager
@@ -382,11 +398,12 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             recurrence.sweep(solution.hidden_states)
         return solution
 
-    @torch.compiler.disable
     def draw_num_passes(self) -> int:
         probabilities = self.config.pass_probabilities
-        if probabilities is None:
-            return self.config.num_passes
+        return self.config.num_passes if probabilities is None else self.draw_from(probabilities)
+
+    @torch.compiler.disable
+    def draw_from(self, probabilities: list[float]) -> int:
         # Not the global random state: that may differ between processes, which must agree on the number.
         generator = random.Random(f"{self.config.pass_seed} {int(self.batches_seen)}")
         self.batches_seen += 1
