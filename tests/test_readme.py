@@ -16,7 +16,7 @@ def blocks(language):
 def test_the_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
     for snippet in blocks("python"):
         exec(compile(snippet, "README.md", "exec"), namespace)
     assert "tensor([[" in capsys.readouterr().out
@@ -25,7 +25,7 @@ def test_the_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, caps
 def test_the_commands_have_the_options_that_are_shown():
     commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     training = [c[c.index("training/train.py") + 1 :] for c in commands if "training/train.py" in c]
-    assert len(training) == 4
+    assert len(training) == 5
     for arguments in training:
         parse(arguments)
 
