@@ -22,7 +22,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *source], check=True)
         with tarfile.open(Path(folder) / f"{name}.tar.gz") as archive:
             tests = [member for member in archive if member.name.startswith(f"{name}/tests/")]
-            archive.extractall(folder, tests, filter="data")
+            archive.extractall(folder, tests)
         # Last, so that an interrupted download is not taken for a complete one.
         (Path(folder) / name / "tests").rename(FOLDER)
 
