@@ -134,6 +134,23 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(text_files, tmp_path):
     assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
 
 
+@pytest.mark.parametrize("written", [None, "", '{"epoch": 1'])
+def test_a_checkpoint_that_a_killed_run_left_unfinished_is_passed_over(written, text_files, tmp_path, capsys):
+    folder = tmp_path / "run"
+    train(*parse(options(text_files, folder, "--save_steps=2")))
+    (folder / "results.json").unlink()
+    weights = load_file(folder / "model.safetensors")
+    state = folder / "checkpoint-6/trainer_state.json"
+    state.unlink()
+    if written is not None:
+        state.write_text(written)
+    capsys.readouterr()
+    train(*parse(options(text_files, folder, "--save_steps=2")))
+    assert f"Resuming from {folder / 'checkpoint-4'}." in capsys.readouterr().out
+    again = load_file(folder / "model.safetensors")
+    assert all(again[name].equal(weights[name]) for name in weights)
+
+
 def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(text_files, tmp_path):
     mixture = ["--stateful_config", json.dumps({"pass_probabilities": [0.4, 0.3, 0.3]})]
     one = run("train.py", options(text_files, tmp_path / "one", *mixture))
@@ -321,7 +338,7 @@ def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path):
         ("evaluate.py", [str(tmp_path / "nowhere")], "cannot be loaded"),
         ("evaluate.py", [str(tmp_path), "--passes", "0"], "--passes must be at least 1"),
         ("train.py", options(text_files, tmp_path / "x", "--stepz", "3"), "--stepz"),
-        ("train.py", options(text_files, tmp_path / "x", "--resume_from_checkpoint", "nope"), "nope is no folder"),
+        ("train.py", options(text_files, tmp_path / "x", "--resume_from_checkpoint", "nope"), "nope is no complete checkpoint"),
         ("train.py", options(text_files, tmp_path / "x", "--tokenizer_name", "/nowhere"), "tokenizer /nowhere"),
         ("compare.py", options(text_files, tmp_path / "x", "--presets", "rnn"), "no preset 'rnn'"),
     ):

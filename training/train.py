@@ -30,10 +30,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from modeling_stateful_gpt import (
@@ -374,6 +376,19 @@ def matched_model(decoder: GateLoopConfig, feedback: dict | None) -> PreTrainedM
     return build()
 
 
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The path of the last checkpoint that was written to its end, before a run was killed perhaps."""
+    return next(filter(is_complete, reversed(sort_checkpoints(str(folder)))), None)
+
+
+def is_complete(checkpoint: str) -> bool:
+    try:
+        TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))  # Trainer writes it last.
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def check_folder(folder: Path, settings: dict) -> None:
     """Raises a RunError if `folder` holds something else, or a run with other settings."""
     marker = folder / "run.json"
@@ -424,9 +439,10 @@ def train(
     settings = settings_of(model_arguments, data_arguments, training_arguments)
     if data_arguments.max_eval_samples < 1:
         raise RunError("--max_eval_samples must be at least 1.")
-    if (asked := training_arguments.resume_from_checkpoint) and not Path(asked).is_dir():
+    if (asked := training_arguments.resume_from_checkpoint) and not is_complete(asked):
         raise RunError(
-            f"--resume_from_checkpoint {asked} is no folder; leave it out to go on from the last checkpoint."
+            f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no readable trainer_state.json); "
+            f"leave it out to go on from the last complete one."
         )
     check_folder(folder, settings)
     if results_file.exists():
@@ -456,7 +472,7 @@ def train(
         data_collator=collate,
         callbacks=[interrupt],
     )
-    checkpoint = training_arguments.resume_from_checkpoint or get_last_checkpoint(str(folder))
+    checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(folder)
     if checkpoint:
         print(f"Resuming from {checkpoint}.")
     started = time.perf_counter()
