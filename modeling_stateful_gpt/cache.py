@@ -37,6 +37,8 @@ class LastHiddenStateLayer(DynamicSlidingWindowLayer):
     def write(self, states: torch.Tensor, exists: torch.Tensor) -> None:
         """Appends the states `[B, T, D]` in force after each of T tokens, and whether there is one, `[B, T]`."""
         self.update(states[:, None], exists[:, None, :, None].to(states.dtype))
+        # Not a view, which would keep all T of them, and be laid out otherwise after a prompt than after a step.
+        self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The state `[B, D]` in force after the last token and whether there is one, `[B]`; None if never written."""

@@ -174,10 +174,10 @@ class LanguageModelRecurrence:
     def mask_at(self, position: int) -> torch.Tensor | None:
         """The attention mask of one position, which sees the ones before it and itself."""
         if self.attention_mask is not None:
-            if self.attention_mask.ndim == 2:
-                return self.attention_mask[:, : self.past + position + 1]
             if self.length == 1:
                 return self.attention_mask
+            if self.attention_mask.ndim == 2:
+                return self.attention_mask[:, : self.past + position + 1]
             raise ValueError("Stepping over a sequence needs a 2-D attention_mask; use solver='jacobi' with a 4-D one.")
         if self.may_be_packed:
             sequence = self.starts.cumsum(1)[:, : position + 1]

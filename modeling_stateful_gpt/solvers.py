@@ -65,7 +65,16 @@ def jacobi(recurrence: Recurrence, passes: int | None = None, tolerance: float =
 
     After k passes the first k positions are exact. With `passes=None` it sweeps until max|Δh| ≤ `tolerance`, at most
     T times, by which the result is exact.
+
+    Raises:
+        ValueError: if such a search for the fixed point is exported: its length depends on the data.
     """
+    if passes is None and torch.compiler.is_exporting():
+        raise ValueError(
+            "torch.export cannot follow a solver that stops at a tolerance, after a number of passes that depends on "
+            "the text. Set config.prefill_passes or the argument num_passes to fix it, or use solver='sequential' "
+            "(exact, for one length only)."
+        )
     states: torch.Tensor | None = None
     every_pass: list[torch.Tensor] = []
     residual = None

@@ -338,7 +338,11 @@ def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path):
         ("evaluate.py", [str(tmp_path / "nowhere")], "cannot be loaded"),
         ("evaluate.py", [str(tmp_path), "--passes", "0"], "--passes must be at least 1"),
         ("train.py", options(text_files, tmp_path / "x", "--stepz", "3"), "--stepz"),
-        ("train.py", options(text_files, tmp_path / "x", "--resume_from_checkpoint", "nope"), "nope is no complete checkpoint"),
+        (
+            "train.py",
+            options(text_files, tmp_path / "x", "--resume_from_checkpoint", "nope"),
+            "nope is no complete checkpoint",
+        ),
         ("train.py", options(text_files, tmp_path / "x", "--tokenizer_name", "/nowhere"), "tokenizer /nowhere"),
         ("compare.py", options(text_files, tmp_path / "x", "--presets", "rnn"), "no preset 'rnn'"),
     ):
