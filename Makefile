@@ -11,7 +11,8 @@ demo: $(VENV)/demo
 	$(BIN)/python training/compare.py --presets gpt stateful --num_hidden_layers 2 --max_steps 300 --output_dir runs/demo
 
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --junitxml $(VENV)/tests.xml
+	$(BIN)/python tests/compatibility.py $(VENV)/tests.xml --check
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

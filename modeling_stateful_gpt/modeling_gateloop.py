@@ -464,6 +464,8 @@ class GateLoopPreTrainedModel(HubModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Loaded in fp16 the transitions stay as they are, and quantizers leave them alone (see FullPrecisionLinear).
+    _keep_in_fp32_modules = [".*transition"]
     _can_record_outputs = {"hidden_states": GateLoopDecoderLayer, "attentions": Attention}
 
     @torch.no_grad()

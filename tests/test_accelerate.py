@@ -50,12 +50,14 @@ def same_steps(seen, expected):
         assert seen[what] == pytest.approx(expected[what], rel=2e-5), what
 
 
+@pytest.mark.client("accelerate", "gradient accumulation")
 def test_accumulated_batches_of_unequal_token_counts_are_one_batch(one_process, tmp_path):
     whole = steps(["--per_device_train_batch_size=16", f"--output_dir={tmp_path}"])
     for name in ("two passes", "hybrid"):  # a mixture draws the number of passes for each part
         same_steps(one_process[name], whole[name])
 
 
+@pytest.mark.client("accelerate", "DDP and FSDP2 on two processes")
 @pytest.mark.parametrize("config,share", [("two_cpu_processes.yaml", 1), ("fsdp2.yaml", 0.5)], ids=["ddp", "fsdp2"])
 def test_two_processes_make_the_steps_of_one(config, share, one_process, tmp_path):
     batch = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=2"]
@@ -163,6 +165,7 @@ def most_of(model):
     return int(0.6 * model.get_memory_footprint())
 
 
+@pytest.mark.client("accelerate", '`device_map="auto"` with offload to disk')
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("limit,places", [(most_of, {"cpu", "disk"}), (lambda _: 1000, {"disk"})], ids=["some", "all"])
@@ -222,6 +225,7 @@ def test_a_model_may_be_spread_over_two_devices(name):
 # bf16
 
 
+@pytest.mark.client("accelerate", "bf16")
 @pytest.mark.parametrize("preset", ["stateful", "hybrid"])
 def test_bf16_training_follows_fp32(preset, tmp_path):
     losses = []

@@ -155,6 +155,7 @@ def sft_trainer(model, folder, **arguments):
 PADDED_AND_PACKED = pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 
 
+@pytest.mark.client("trl", "`SFTTrainer` on chats, default loss and `packing=True`")
 @PADDED_AND_PACKED
 @pytest.mark.parametrize("name", OURS)
 def test_sft_trainer_teaches_chats(name, packing, tmp_path):
@@ -167,6 +168,7 @@ def test_sft_trainer_teaches_chats(name, packing, tmp_path):
     assert {question: answer(loaded, question) for question in CHATS} == CHATS
 
 
+@pytest.mark.client("trl", "`SFTTrainer` on chats, default loss and `packing=True`")
 @PADDED_AND_PACKED
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_of_an_sft_batch_is_that_of_stepping_through_its_documents(name, packing, tmp_path):
@@ -280,6 +282,7 @@ def evaluate_tasks(folder, model, **arguments):
     return simple_evaluate(lm, tasks=[*TASKS], task_manager=manager, bootstrap_iters=0)
 
 
+@pytest.mark.client("lm-eval", "loglikelihood and generate_until")
 @pytest.mark.parametrize("name", NAMES)
 def test_lm_eval_scores_and_generates_as_the_model_does_step_by_step(name, tmp_path):
     model, tokenizer = learned(name), chat_tokenizer()
@@ -324,6 +327,7 @@ def test_lm_eval_takes_the_name_of_a_folder_with_code(tmp_path):
             torch.testing.assert_close(torch.tensor(scores)[:, 0], torch.tensor(expected["filtered_resps"])[:, 0])
 
 
+@pytest.mark.client("transformers", "`TextStreamer`, `TextIteratorStreamer`")
 @pytest.mark.parametrize("name", NAMES)
 def test_streamed_text_is_the_text(name, capsys):
     model, tokenizer = learned(name), chat_tokenizer()
@@ -342,6 +346,7 @@ def test_streamed_text_is_the_text(name, capsys):
     assert len(pieces) > 1 and "".join(pieces) == answer(model, "one") == "two six"
 
 
+@pytest.mark.client("transformers", "`pipeline`, with chats and batches")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pipeline_answers_prompts_of_different_lengths_together_as_alone(name):
     generator = pipeline("text-generation", model=learned(name), tokenizer=chat_tokenizer())
@@ -380,6 +385,7 @@ def server(tmp_path_factory):
         process.wait(30)
 
 
+@pytest.mark.client("transformers", "`transformers serve`, asked by the `openai` client (see below)")
 @pytest.mark.parametrize("name", OURS)
 def test_transformers_serve_answers_chats(name, server, tmp_path):
     from openai import OpenAI
@@ -422,6 +428,7 @@ def test_a_classification_head_keeps_the_model_under_it(name, kind, tmp_path):
     torch.testing.assert_close(head.base_model.state_dict(), model.base_model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.client("transformers", "`…ForSequenceClassification`, `…ForTokenClassification`")
 @KINDS_OF_HEAD
 @pytest.mark.parametrize("name", OURS)
 def test_classification_is_learned(name, kind, tmp_path):
@@ -487,6 +494,7 @@ print(json.dumps(outcome))
 """
 
 
+@pytest.mark.client("transformers", "`…ForSequenceClassification`, `…ForTokenClassification`")
 def test_classification_heads_load_by_the_name_of_a_folder_with_code(tmp_path):
     inputs = chat_tokenizer()("hello", return_tensors="pt")
     folders, expected = [], []

@@ -89,6 +89,7 @@ def step(model, run, **inputs):
     return outputs, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.client("torch", "`torch.compile` of a training step")
 @pytest.mark.parametrize("name", STEPS)
 def test_a_training_step_is_one_graph_with_the_gradients_of_eager_mode(name):
     model = make(name).train()
@@ -193,6 +194,7 @@ def generated(model, ids, new_tokens, backend=None, **kwargs):
     return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, **kwargs)
 
 
+@pytest.mark.client("torch", "`torch.compile` of decoding with a static cache")
 @pytest.mark.parametrize("name", CACHED)
 def test_decoding_with_a_static_cache_is_one_graph_and_compiles_no_token_anew(name):
     model, backend = trained(name), Counting()
@@ -227,6 +229,7 @@ def test_solved_to_a_tolerance_a_compiled_model_gives_the_same():
 NEEDS_A_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
+@pytest.mark.client("torch", "`torch.compile` of a training step")
 @NEEDS_A_COMPILER
 def test_inductor_trains_as_eager_mode_does():
     torch.manual_seed(0)
@@ -249,6 +252,7 @@ def test_inductor_shares_dropout_masks_among_passes():
     assert (losses[0] - losses[1]).abs().min() > 1e-4
 
 
+@pytest.mark.client("torch", "`torch.compile` of decoding with a static cache")
 @NEEDS_A_COMPILER
 def test_inductor_decodes_as_eager_mode_does():
     model, ids = trained("stateful around hybrid"), tokens(2, 6)
@@ -265,6 +269,7 @@ def exported(model, ids, dynamic=True, **inputs):
     return torch.export.export(model, (), inputs, dynamic_shapes=shapes if dynamic else None).module()
 
 
+@pytest.mark.client("torch", "`torch.export` of a forward of a fixed number of passes")
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("name", CACHED)
 def test_an_exported_forward_computes_the_same_for_other_batches_and_lengths(name, padded):

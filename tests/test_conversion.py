@@ -18,6 +18,7 @@ def shaken(module):
     return module.eval()
 
 
+@pytest.mark.client("gateloop-transformer", "checkpoints imported")
 @pytest.mark.parametrize("length", [1, 37, 256])
 @pytest.mark.parametrize(
     "options", [{}, {"gate_loop_heads": 8}, {"gate_loop_heads": 1, "sub_ln": True}, {"ff_mult": 2, "sub_ln": True}]

@@ -46,6 +46,7 @@ def test_greedy_decoding_is_the_exact_recurrence_and_not_the_plain_model(fusion,
     assert not torch.equal(generate(model, ids, num_passes=1), expected)
 
 
+@pytest.mark.client("transformers", "`generate()`: greedy, sampling, beams, prefill in pieces")
 @every_backbone
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_gives_the_same_tokens_with_and_without_a_cache_and_in_pieces(mode, backbone):
@@ -59,6 +60,7 @@ def test_every_mode_gives_the_same_tokens_with_and_without_a_cache_and_in_pieces
     assert torch.equal(generate(model, ids, inputs_embeds=embeds, **MODES[mode])[:, -NEW:], at_once[:, -NEW:])
 
 
+@pytest.mark.client("transformers", "`generate()`: left-padded batches")
 @every_backbone
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
 def test_left_padded_prompts_of_different_lengths_generate_as_each_alone(mode, backbone):
@@ -90,6 +92,7 @@ def test_generation_goes_on_from_a_returned_cache(make_cache, backbone):
     assert torch.equal(second, whole)
 
 
+@pytest.mark.client("transformers", "`generate()`: static caches")
 @every_backbone
 def test_a_static_cache_gives_the_same_tokens(backbone):
     model, ids = shared(backbone, feedback="glu"), tokens(2, 7)
@@ -102,6 +105,7 @@ def test_a_static_cache_gives_the_same_tokens(backbone):
     assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids))
 
 
+@pytest.mark.client("transformers", "`generate()`: prompt lookup, assisted decoding")
 @every_backbone
 @every_fusion
 @pytest.mark.parametrize("do_sample", [False, True])

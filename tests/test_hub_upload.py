@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ def snippet(model_card):
     return re.search(r"```python\n(.*?)```", model_card.text, re.DOTALL)[1]
 
 
+@pytest.mark.client("huggingface-hub", "`hub_upload.py`")
 def test_an_uploaded_checkpoint_is_complete_and_its_card_tells_how_to_load_it(hub, checkpoint, tmp_path, capsys):
     hub_upload.main([str(checkpoint), "mine"])
     repo = hub.repos["me/mine"]
@@ -119,6 +121,11 @@ def test_an_uploaded_checkpoint_is_complete_and_its_card_tells_how_to_load_it(hu
     check_that_it_loads(hub, tmp_path, AutoModelForCausalLM.from_pretrained(checkpoint), "me/mine", "v1")
     assert 'revision="v1"' in snippet(model_card)
     assert in_a_fresh_process(hub, tmp_path, snippet(model_card)).startswith("The")
+
+
+def test_the_licence_that_goes_with_the_code_is_that_of_the_project():
+    root = Path(hub_upload.__file__).parent
+    assert (root / "modeling_stateful_gpt/LICENSE").read_bytes() == (root / "LICENSE").read_bytes()
 
 
 def test_versions_are_counted_and_old_ones_stay(hub, checkpoint, tmp_path):
@@ -288,6 +295,7 @@ def test_the_card_names_the_dataset_and_the_base_model_and_holds_what_evaluate_f
     assert entry["value"] == pytest.approx(loss / 0.6931, rel=1e-2)  # The tokens are bytes.
 
 
+@pytest.mark.client("huggingface-hub", "`push_to_hub()` of a model")
 @pytest.mark.parametrize("name", ["stateful", "hybrid", "stateful around gpt2"])
 def test_push_to_hub_publishes_the_same(name, hub, tmp_path):
     model = learned(name)
@@ -334,6 +342,7 @@ def test_a_classification_head_says_what_it_is(kind, pipeline_tag, hub, tmp_path
     in_a_fresh_process(hub, tmp_path, snippet(card(hub, "me/mine")))
 
 
+@pytest.mark.client("huggingface-hub", "`Trainer(push_to_hub=True)`")
 def test_trainer_pushes_a_repository_that_loads(hub, tmp_path):
     tokenizer = byte_tokenizer()
     data = [{"input_ids": ids, "labels": ids} for ids in tokenizer(["hello you"] * 4)["input_ids"]]

@@ -113,6 +113,7 @@ DEFAULTS = {
 }
 
 
+@pytest.mark.client("peft", "LoRA with default target modules")
 @EACH
 def test_by_default_lora_takes_what_it_takes_in_the_language_model_and_the_fusion(name):
     assert ends(peft.get_peft_model(small(name), lora())) == DEFAULTS[name]
@@ -130,6 +131,7 @@ def test_every_linear_layer_of_every_fusion_is_adapted_by_default(feedback):
     assert linear and linear == {end for end in ends(adapted(model)) if end.startswith("feedback")}
 
 
+@pytest.mark.client("peft", "LoRA on `all-linear`")
 @EACH
 def test_all_linear_takes_every_linear_layer_but_the_head(name):
     model = small(name)
@@ -160,6 +162,7 @@ METHODS = {
 }
 
 
+@pytest.mark.client("peft", "IA³ and other methods")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["hybrid", "stateful", "stateful around llama"])
 def test_other_methods_have_defaults_and_learn(name, method):
@@ -173,6 +176,7 @@ def test_other_methods_have_defaults_and_learn(name, method):
 # Every adapter is called
 
 
+@pytest.mark.client("peft", "LoRA with default target modules")
 @pytest.mark.parametrize("targets", [None, "all-linear"], ids=["default", "all-linear"])
 @EACH
 def test_every_adapter_counts_in_training_in_evaluation_and_in_a_step(name, targets):
@@ -242,6 +246,7 @@ def test_in_bf16_the_transitions_stay_precise_and_adapters_learn(name):
 # The fusion trained fully
 
 
+@pytest.mark.client("peft", "the fusion trained fully by `modules_to_save`")
 def test_a_trained_model_is_given_a_state_by_lora_and_a_fusion_trained_fully(tmp_path):
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(BACKBONES["llama"]()).eval()
@@ -278,6 +283,7 @@ def test_a_trained_model_is_given_a_state_by_lora_and_a_fusion_trained_fully(tmp
 # Merging, several adapters
 
 
+@pytest.mark.client("peft", "merge and unload")
 @pytest.mark.parametrize("config", [lora(target_modules="all-linear"), peft.IA3Config(task_type="CAUSAL_LM")])
 @EACH
 def test_merged_a_model_computes_what_it_did_with_the_adapter(name, config, tmp_path):
@@ -302,6 +308,7 @@ def test_unloaded_a_model_is_as_it_was(name):
     torch.testing.assert_close(logits(unloaded, ids), logits(small(name), ids), rtol=0, atol=0)
 
 
+@pytest.mark.client("peft", "several adapters")
 @EACH
 def test_several_adapters_on_one_model(name):
     ids = tokens(2, 6)
@@ -383,6 +390,7 @@ for folder in folders:
 """
 
 
+@pytest.mark.client("peft", "saved adapters on a remote-code base")
 @pytest.mark.parametrize("order", ["peft first", "peft last"])
 def test_saved_adapters_load_onto_a_base_with_code_where_the_package_cannot_be_imported(order, tmp_path):
     ids, folders, models = tokens(2, 6), [], {}
@@ -461,6 +469,7 @@ def prefix():
     return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 
 
+@pytest.mark.client("peft", "prompt tuning")
 @pytest.mark.parametrize("method", PROMPTS)
 @EACH
 def test_virtual_tokens_stand_before_the_text(name, method, tmp_path):
@@ -488,6 +497,7 @@ def test_virtual_tokens_stand_before_the_text(name, method, tmp_path):
     torch.testing.assert_close(logits(loaded, ids), expected, **CLOSE)
 
 
+@pytest.mark.client("peft", "prefix tuning of layers without a state; refused for others")
 @pytest.mark.parametrize("name", ["gpt", "stateful", "stateful around gpt2", "stateful around llama"])
 def test_prefixes_of_keys_and_values_work_where_all_layers_attend(name):
     if name == "gpt":
@@ -510,6 +520,7 @@ def test_prefixes_of_keys_and_values_work_where_all_layers_attend(name):
         assert generated(model, ids).equal(text)
 
 
+@pytest.mark.client("peft", "prefix tuning of layers without a state; refused for others")
 @pytest.mark.parametrize("name", ["hybrid", "stateful around hybrid"])
 def test_prefixes_of_keys_and_values_are_refused_for_layers_with_a_state(name):
     model, ids = peft.get_peft_model(small(name).float(), prefix()), tokens(2, 6)

@@ -1,25 +1,79 @@
 """What the README shows runs as it stands there."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
 from train import parse
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    namespace = {}
-    assert len(blocks("python")) == 5
-    for snippet in blocks("python"):
-        exec(compile(snippet, "README.md", "exec"), namespace)
-    assert "tensor([[" in capsys.readouterr().out
+def required(names):
+    """The installed distributions that these requirements name, and all that those require."""
+    found, open_requirements = {}, [Requirement(name) for name in names]
+    while open_requirements:
+        requirement = open_requirements.pop()
+        wanted = ["", *requirement.extras]
+        if requirement.name in found and not requirement.extras:
+            continue
+        found[requirement.name] = distribution(requirement.name)
+        for line in found[requirement.name].requires or []:
+            further = Requirement(line)
+            if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in wanted):
+                open_requirements.append(further)
+    return found.values()
+
+
+@pytest.fixture
+def clean_python(tmp_path):
+    """The Python of an environment with nothing but our wheel and what it requires, links to what is installed here."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "modeling_stateful_gpt", source / "modeling_stateful_gpt")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", *build], check=True)
+    venv.create(tmp_path / "env", with_pip=False)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (ours,) = distributions(name="modeling-stateful-gpt", path=[str(site)])
+    for dependency in required(line for line in ours.requires if "extra ==" not in line):
+        for top in {file.parts[0] for file in dependency.files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(dependency.locate_file(top))
+    return tmp_path / "env/bin/python"
+
+
+def test_the_python_snippets_run_one_after_the_other_where_only_the_wheel_is_installed(clean_python, tmp_path):
+    snippets = blocks("python")
+    assert len(snippets) == 5
+    check = "import modeling_stateful_gpt, importlib.util\nprint(modeling_stateful_gpt.__file__)\n"
+    check += "assert not any(map(importlib.util.find_spec, ('pytest', 'trl', 'datasets', 'matplotlib')))\n"
+    script = tmp_path / "snippets.py"
+    script.write_text("\n".join([check, *snippets]))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [clean_python, "-I", script], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "env") in result.stdout and "tensor([[" in result.stdout
 
 
 def test_the_commands_have_the_options_that_are_shown():
@@ -31,6 +85,5 @@ def test_the_commands_have_the_options_that_are_shown():
 
 
 def test_pictures_and_files_that_are_mentioned_exist():
-    root = Path(__file__).parent.parent
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / target).exists(), target
+        assert (ROOT / target).exists(), target

@@ -63,6 +63,7 @@ def small(name):
     return StatefulGPTForCausalLM(StatefulGPTConfig(text_config=backbone, feedback="glu"))
 
 
+@pytest.mark.client("transformers", "`AutoModel….from_pretrained` with `trust_remote_code=True`")
 @pytest.mark.parametrize(
     "name",
     ["gpt", "hybrid", "stateful", "stateful around gateloop", "stateful around gpt2", "stateful around llama"],

@@ -93,6 +93,7 @@ EVERYTHING_RANDOM = [
 ]  # fmt: skip
 
 
+@pytest.mark.client("transformers", "`Trainer`, and its resuming")
 @pytest.mark.parametrize("what", [EVERYTHING_RANDOM, ["--preset=hybrid", "--dropout=0.1"]], ids=["stateful", "hybrid"])
 def test_an_interrupted_run_resumes_to_the_same_weights(what, text_files, tmp_path):
     arguments = [*what, "--max_steps=60", "--save_steps=1000", "--eval_strategy=no"]

@@ -86,6 +86,7 @@ class ModelTester:
         return copy.deepcopy(self.config), {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.mark.client("transformers", "its own `ModelTesterMixin` and `GenerationTesterMixin`")
 class Common(common.ModelTesterMixin, common.GenerationTesterMixin):
     test_can_init_all_missing_weights_before_2023 = True
     excluded: dict[str, str] = {}

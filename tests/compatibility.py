@@ -1,0 +1,67 @@
+"""Writes the README's table of what works with what, from the results of the tests that are marked `client`.
+
+    pytest -n 2 --junitxml report.xml
+    python tests/compatibility.py report.xml          # writes the table into README.md
+    python tests/compatibility.py report.xml --check  # fails if the README says something else
+
+A row says yes if at least one of its tests passed and none failed, in the environment that this runs in.
+"""
+
+import argparse
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from xml.etree import ElementTree
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- tests/compatibility.py wrote this -->\n", "<!-- to here -->\n"
+
+
+def outcome(case: ElementTree.Element) -> str:
+    if case.find("failure") is not None or case.find("error") is not None:
+        return "failed"
+    return "skipped" if case.find("skipped") is not None else "passed"
+
+
+def table(report: Path) -> str:
+    """The table of a JUnit report: a row for each use of a package, packages and uses in alphabetical order."""
+    rows: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        module, _, cls = case.attrib["classname"].removeprefix("tests.").partition(".")
+        test = f"[`{cls or case.attrib['name'].partition('[')[0]}`](tests/{module}.py)"
+        for mark in case.iterfind("properties/property[@name='client']"):
+            rows.setdefault(tuple(mark.attrib["value"].split("\t")), []).append((test, outcome(case)))
+    lines = ["| package | version | use | works | shown by |", "|---|---|---|---|---|"]
+    for (package, use), results in sorted(rows.items()):
+        outcomes = {result for _, result in results}
+        works = "no" if "failed" in outcomes else "yes" if "passed" in outcomes else "not run"
+        tests = ", ".join(dict.fromkeys(test for test, _ in sorted(results)))
+        tested = version(package).partition("+")[0]  # Without the kind of build.
+        lines.append(f"| {package} | {tested} | {use} | {works} | {tests} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, help="what pytest --junitxml wrote, with all tests run")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail if the table is not that of the report"
+    )
+    arguments = parser.parse_args()
+    before = README.read_text()
+    start, end = before.index(BEGIN) + len(BEGIN), before.index(END)
+    written, generated = before[start:end], table(arguments.report)
+    if written == generated:
+        return
+    if arguments.check:
+        lines = set(written.splitlines()) ^ set(generated.splitlines())
+        sys.exit(
+            "The README's table is not what the tests say. Lines that differ:\n"
+            + "\n".join(sorted(lines))
+            + f"\nTo write it: python tests/compatibility.py {arguments.report}"
+        )
+    README.write_text(before[:start] + generated + before[end:])
+
+
+if __name__ == "__main__":
+    main()
