@@ -27,6 +27,8 @@ class LastHiddenStateLayer(DynamicSlidingWindowLayer):
     is_sliding = False
     # A static cache is static only if all of its layers say so, and its masks depend on it.
     is_compileable = True
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__(sliding_window=2)
@@ -38,7 +40,8 @@ class LastHiddenStateLayer(DynamicSlidingWindowLayer):
         """Appends the states `[B, T, D]` in force after each of T tokens, and whether there is one, `[B, T]`."""
         self.update(states[:, None], exists[:, None, :, None].to(states.dtype))
         # Not a view, which would keep all T of them, and be laid out otherwise after a prompt than after a step.
-        self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+        self.keys = self.keys.clone(memory_format=torch.contiguous_format)
+        self.values = self.values.clone(memory_format=torch.contiguous_format)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The state `[B, D]` in force after the last token and whether there is one, `[B]`; None if never written."""

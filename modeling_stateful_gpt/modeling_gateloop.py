@@ -464,8 +464,6 @@ class GateLoopPreTrainedModel(HubModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Loaded in fp16 the transitions stay as they are, and quantizers leave them alone (see FullPrecisionLinear).
-    _keep_in_fp32_modules = [".*transition"]
     _can_record_outputs = {"hidden_states": GateLoopDecoderLayer, "attentions": Attention}
 
     @torch.no_grad()
@@ -538,6 +536,9 @@ class GateLoopModel(GateLoopPreTrainedModel):
         self.layers = nn.ModuleList(GateLoopDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        if "gateloop" in config.layer_types:
+            # Loaded in fp16, transitions stay as they are, and quantizers leave them alone (see FullPrecisionLinear).
+            self._keep_in_fp32_modules = [".*transition"]
         self.post_init()
 
     @merge_with_config_defaults

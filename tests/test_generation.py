@@ -7,6 +7,7 @@ from tiny import BACKBONES, FUSIONS, VOCAB, shared, tokens
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer, pipeline, set_seed
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
+from modeling_stateful_gpt.cache import last_hidden_state_layer
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
@@ -134,6 +135,15 @@ def test_a_stateful_model_may_draft_for_a_plain_one(backbone):
     plain, drafter = shared(backbone, feedback=None), shared(backbone, feedback="glu")
     ids = tokens(1, 6)
     assert torch.equal(generate(plain, ids, assistant_model=drafter), generate(plain, ids))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_state_in_the_cache_is_one_vector_however_long_the_prompt(batch):
+    model = shared("llama")
+    with torch.no_grad():
+        cache = model(tokens(batch, 20), use_cache=True).past_key_values
+    storage = last_hidden_state_layer(cache, model.config.text_config).keys.untyped_storage()
+    assert storage.nbytes() == batch * model.config.hidden_size * 8
 
 
 def test_cropping_while_the_past_is_recorded_restores_the_state_exactly():
