@@ -15,16 +15,18 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import modeling_stateful_gpt
-from modeling_stateful_gpt.hub import contents, task_of, upload
+from modeling_stateful_gpt.upload import contents, task_of, upload
 
 
 class UploadError(ValueError):
@@ -41,16 +43,28 @@ def check_checkpoint(folder: Path) -> None:
         raw = json.loads((folder / "config.json").read_text())
         auto_class, _ = task_of(raw)
         modules = {name.split(".")[0] for name in raw["auto_map"].values()}
+        name = raw["auto_map"][auto_class].split(".")[1]
+        if raw["architectures"][0] not in (name, auto_class):  # The latter for `transformers serve`.
+            raise ValueError(f"the architecture is {raw['architectures'][0]}, but auto_map names {name}")
         with torch.device("meta"):
-            model_class: type[PreTrainedModel] = getattr(modeling_stateful_gpt, raw["architectures"][0])
+            model_class: type[PreTrainedModel] = getattr(modeling_stateful_gpt, name)
             expected = model_class(AutoConfig.from_pretrained(folder))
     except Exception as error:
         raise UploadError(
             f"{folder} is no checkpoint of this package: its config.json cannot be used "
             f"({type(error).__name__}: {error}). Save one with save_pretrained, or name an output folder of train.py."
         ) from error
-    if missing := [f"{module}.py" for module in sorted(modules) if not (folder / f"{module}.py").exists()]:
-        raise UploadError(f"{folder} lacks its code ({', '.join(missing)}). Save it again with model.save_pretrained.")
+    try:
+        for module in modules:
+            get_relative_import_files(folder / f"{module}.py")  # Opens each.
+    except FileNotFoundError as error:
+        lacking = Path(error.filename).name
+        raise UploadError(f"{folder} lacks its code ({lacking}). Save it again with model.save_pretrained.") from error
+    if not (folder / SAFE_WEIGHTS_NAME).exists() and not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        raise UploadError(
+            f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which lists their "
+            f"parts. Save it again with model.save_pretrained."
+        )
 
     shapes = {}
     for file in folder.glob("*.safetensors"):
@@ -123,13 +137,16 @@ def main(arguments: list[str] | None = None) -> None:
     except HfHubHTTPError as error:
         advice = {
             401: "The token is not valid; make one at https://huggingface.co/settings/tokens and run `hf auth login`.",
+            412: "Someone else has changed the repository in the meantime; look at it and give the command again.",
             403: "The token may not write there: choose your own namespace, a token with write access, or --create-pr.",
-        }.get(error.response.status_code, "Nothing was published; try again later.")
+        }.get(error.response.status_code, "What had been done was undone; try again later.")
         sys.exit(f"error: The Hub refused: {error}\n{advice}")
     except (HFValidationError, ValueError) as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
+    except (HTTPError, OSError) as error:
         sys.exit(f"error: The Hub cannot be reached, or a file not be read: {error}")
+    except RuntimeError as error:
+        sys.exit(f"error: A file did not arrive: {error}\nWhat had been done was undone; try again later.")
 
 
 if __name__ == "__main__":

@@ -7,35 +7,23 @@ imported for those who do not use it, and a model around another one can have th
 
 import sys
 
-import torch
-from torch import nn
-
-from .feedback import FUSIONS
-
 
 def write_gateloop_rows(model_type: str) -> None:
     """Those of Llama, as the projections have the same names; only the norms have others."""
     for name, table in tables().items():
-        table[model_type] = ["mixer_norm", "mlp_norm", "norm"] if "LNTUNING" in name else table["llama"]
+        if "llama" in table:
+            table.setdefault(model_type, ["mixer_norm", "mlp_norm", "norm"] if "LNTUNING" in name else table["llama"])
 
 
-def write_stateful_rows(model_type: str, text_model_type: str, feedback: str | None) -> None:
-    """Those of the language model, if it has any, and the fusion where something is added to weights: around a trained
-    model it starts at zero, and would stay there."""
+def write_stateful_rows(model_type: str, text_model_type: str, fusion: list[str]) -> None:
+    """Those of the language model, if it has any, and the linear layers of the fusion where something is added to
+    weights: around a trained model it starts at zero, and would stay there."""
     for name, table in tables().items():
         table.pop(model_type, None)
         if text_model_type in table:
             row = table[text_model_type]
             adds = isinstance(row, list) and not any(method in name for method in ("LNTUNING", "IA3"))
-            table[model_type] = row + linear_layers(feedback) if adds else row
-
-
-def linear_layers(feedback: str | None) -> list[str]:
-    if feedback is None:
-        return []
-    with torch.device("meta"):
-        modules = FUSIONS[feedback](1).named_modules()
-    return [f"feedback.{name}" for name, module in modules if isinstance(module, nn.Linear)]
+            table[model_type] = row + fusion if adds else row
 
 
 def tables() -> dict[str, dict]:

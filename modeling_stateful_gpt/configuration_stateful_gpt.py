@@ -8,7 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .adapters import write_stateful_rows
 from .configuration_gateloop import GateLoopConfig
-from .feedback import FUSIONS
+from .feedback import FUSIONS, linear_layers
 from .solvers import SOLVERS
 
 
@@ -70,7 +70,8 @@ class StatefulGPTConfig(PreTrainedConfig):
 
     def to_dict(self):
         fields = super().to_dict()
-        write_stateful_rows(self.model_type, self.text_config.model_type, self.feedback)
+        fusion = [] if self.feedback is None else [f"feedback.{name}" for name in linear_layers(self.feedback)]
+        write_stateful_rows(self.model_type, self.text_config.model_type, fusion)
         return fields
 
     def validate_feedback(self):

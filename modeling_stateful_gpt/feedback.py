@@ -83,3 +83,10 @@ class Correction(Fusion):
 
 
 FUSIONS: dict[str, type[Fusion]] = {"gated_add": GatedAdd, "glu": GLU, "correction": Correction}
+
+
+def linear_layers(feedback: str) -> list[str]:
+    """The names of a fusion's linear layers."""
+    with torch.device("meta"):
+        modules = FUSIONS[feedback](1).named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear)]

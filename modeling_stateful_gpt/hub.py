@@ -1,372 +1,16 @@
-"""A checkpoint folder as a Hub repository: its model card, its licence, and the upload in one commit."""
+"""What saving and publishing a model adds to what transformers does."""
 
-import json
-import math
-import re
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
-import yaml
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationCopy,
-    CommitOperationDelete,
-    EvalResultEntry,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    eval_result_entries_to_yaml,
-)
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
-UPLOADED = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.txt", "*.png", "*.jpg", "*.svg", "LICENSE")
-"""Of a checkpoint folder. Not what is pickled, nor `run.json`, which names files of the machine it was trained on."""
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
-TASKS = {
-    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
-    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
-    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
-    "Model": ("AutoModel", "feature-extraction"),
-}
-"""The Auto class and the pipeline for each ending of a class name."""
-
-GENERATED = "<!-- This card was generated from the files beside it. One that is written by hand is kept. -->"
-# Both are replaced as well: a card that Trainer, or transformers, generated.
-NOT_WRITTEN = (GENERATED, "<!-- This model card has been generated automatically", "has been automatically generated.")
-
-TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-{{ generated }}
-
-{{ description }}
-
-## Use
-
-The model's code is in this repository, so `trust_remote_code=True` is needed; `revision` pins code and weights to what
-this card describes.
-
-```python
-from transformers import {{ auto_class }}{{ ", AutoTokenizer" if has_tokenizer }}
-
-{% set pinned = ", revision=" + '"' + revision + '"' if revision else "" -%}
-model = {{ auto_class }}.from_pretrained("{{ repo_id }}"{{ pinned }}, trust_remote_code=True)
-{%- if has_tokenizer %}
-tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}"{{ pinned }}, trust_remote_code=True)
-{%- if auto_class == "AutoModelForCausalLM" %}
-inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
-{%- endif %}
-{%- endif %}
-```
-{% for title, rows in tables.items() if rows %}
-## {{ title }}
-
-| | |
-|---|---|
-{% for key, value in rows.items() -%}
-| {{ key }} | {{ value }} |
-{% endfor %}
-{%- endfor %}
-{%- if evaluation %}
-## Evaluation
-
-{{ evaluation.text }}, in blocks of {{ evaluation.block_size }} tokens; lower is better. *Exact*: as the model decodes.
-
-| passes | bits per byte | perplexity (per token) |
-|---|---|---|
-{% for passes, row in evaluation.results.items() -%}
-| {{ passes }} | {{ "%.4f"|format(row.bits_per_byte) }} | {{ "%.3f"|format(row.perplexity) }} |
-{% endfor %}
-{%- endif %}
-{%- for picture in pictures %}
-![{{ picture }}]({{ picture }})
-{% endfor %}
-## Licence
-
-The code is under the Apache License 2.0 (`LICENSE`).
-{%- if base_model %} The weights were made from those of `{{ base_model }}`, whose licence holds for them.{% endif %}
-"""
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def task_of(config: dict[str, Any]) -> tuple[str, str]:
-    """The Auto class and the pipeline of the model that a `config.json` describes."""
-    architecture = (config.get("architectures") or [""])[0]
-    for ending, task in TASKS.items():
-        if architecture.endswith(ending):
-            return task
-    raise ValueError(f"config.json names the architecture {architecture!r}, which is none of this package's.")
-
-
-def describe(config: dict[str, Any]) -> str:
-    decoder = config.get("text_config", config)
-    layer_types = sorted(set(decoder.get("layer_types") or []))
-    what = f"`{decoder['model_type']}` decoder" + (
-        f" with layers of `{'`, `'.join(layer_types)}`" if layer_types else ""
-    )
-    if config.get("feedback") is None:
-        return f"A {what}."
-    source = "embedding" if config.get("feedback_source") == "embedding" else "last hidden state"
-    return f"A Stateful GPT: a {what}, in which the {source} of each step enriches the next step's token embedding."
-
-
-def base_model_of(config: dict[str, Any], run: dict[str, Any], name: str | None) -> str | None:
-    """The name on the Hub of the model whose weights these started from; `name` is where they were loaded from."""
-    name = name or run.get("model_name_or_path") or config.get("text_config", {}).get("_name_or_path")
-    try:
-        validate_repo_id(name or "/")
-    except HFValidationError:
-        return None
-    # A path may look like a name as well.
-    return None if Path(name).exists() else name
-
-
-def license_of(base_model: str | None, api: HfApi | None) -> str:
-    if base_model is None:
-        return "apache-2.0"
-    try:
-        return api.model_info(base_model).card_data.license or "unknown"
-    except Exception:
-        # Whatever keeps the other repository from being read, it does not keep this one from being written.
-        return "unknown"
-
-
-def make_card(
-    folder: Path,
-    repo_id: str,
-    revision: str | None,
-    tags: list[str] | None = None,
-    name_or_path: str | None = None,
-    api: HfApi | None = None,
-) -> ModelCard:
-    """The model card of a checkpoint folder, from what `save_pretrained`, `train.py` and `evaluate.py` left in it."""
-    config, run = read_json(folder / "config.json"), read_json(folder / "run.json")
-    results = read_json(folder / "results.json")
-    auto_class, pipeline_tag = task_of(config)
-    base_model = base_model_of(config, run, name_or_path)
-    decoder = config.get("text_config", config)
-    model_fields = ("feedback", "feedback_source", "num_passes", "pass_probabilities", "solver", "tolerance")
-    decoder_fields = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "dtype")
-    model_table = {
-        "parameters": f"{count_parameters(folder):,}",
-        **{name: config[name] for name in model_fields if config.get(name) is not None},
-        **{name: decoder[name] for name in decoder_fields if decoder.get(name) is not None},
-    }
-    data_table = {**results.get("data", {}), "tokens seen": results.get("tokens")} if results else {}
-    hidden = ("text_file", "model_name_or_path")  # They may be paths; the Hub's names are in the metadata.
-    return ModelCard.from_template(
-        ModelCardData(
-            license=license_of(base_model, api),
-            library_name="transformers",
-            pipeline_tag=pipeline_tag,
-            datasets=[run["dataset_name"]] if run.get("dataset_name") else None,
-            base_model=base_model,
-            tags=sorted({"custom_code", config["model_type"].replace("_", "-"), *(tags or [])}),
-        ),
-        template_str=TEMPLATE,
-        name=repo_id.split("/")[-1],
-        repo_id=repo_id,
-        revision=revision,
-        generated=GENERATED,
-        description=describe(config),
-        auto_class=auto_class,
-        has_tokenizer=(folder / "tokenizer_config.json").exists(),
-        tables={
-            "Model": model_table,
-            "Data": {key: value for key, value in data_table.items() if value is not None},
-            "Training arguments": {k: v for k, v in run.items() if v not in (None, "{}", "") and k not in hidden},
-        },
-        evaluation=read_json(folder / "evaluation.json") or evaluation_in_training(run, results),
-        base_model=base_model,
-        pictures=sorted(file.name for kind in ("*.png", "*.jpg", "*.svg") for file in folder.glob(kind)),
-    )
-
-
-def evaluation_in_training(run: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """The last one of a run, in the form of what `evaluate.py` writes."""
-    losses = [entry["eval_loss"] for entry in results.get("log", []) if "eval_loss" in entry]
-    if not losses:
-        return {}
-    bits_per_byte = losses[-1] / math.log(2) / results["data"]["bytes_per_token"]
-    return {
-        "text": f"{run['max_eval_samples']} blocks of held-out documents",
-        "block_size": run["block_size"],
-        "results": {"exact": {"bits_per_byte": bits_per_byte, "perplexity": math.exp(losses[-1])}},
-    }
-
-
-def count_parameters(folder: Path) -> int:
-    count = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (it is not a dict)
-                tensor = weights.get_slice(name)
-                if tensor.get_dtype() != "I64":  # A counter.
-                    count += math.prod(tensor.get_shape())
-    return count
-
-
-def eval_results(folder: Path) -> dict[str, bytes]:
-    """The evaluation in the Hub's format, which is for data of the Hub: in training, of its validation part."""
-    run, results = read_json(folder / "run.json"), read_json(folder / "results.json")
-    evaluation = evaluation_in_training(run, results)
-    if not run.get("dataset_name") or not evaluation:
-        return {}
-    entry = EvalResultEntry(
-        dataset_id=run["dataset_name"],
-        task_id=run.get("dataset_config_name") or "default",
-        value=round(evaluation["results"]["exact"]["bits_per_byte"], 4),
-        notes=f"bits per byte (lower is better) of {evaluation['text']}, {evaluation['block_size']} tokens each",
-    )
-    name = run["dataset_name"].replace("/", "--")
-    return {f".eval_results/{name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml([entry])).encode()}
-
-
-def is_written_by_hand(card: str) -> bool:
-    return not any(mark in card for mark in NOT_WRITTEN)
-
-
-def contents(
-    folder: Path,
-    repo_id: str,
-    revision: str | None,
-    tags: list[str] | None = None,
-    name_or_path: str | None = None,
-    api: HfApi | None = None,
-) -> dict[str, Path | bytes]:
-    """What a repository made of `folder` holds: file names, and for each a file of the folder or its bytes."""
-    files: dict[str, Path | bytes] = {
-        file.name: file for kind in UPLOADED for file in sorted(folder.glob(kind)) if file.name != "run.json"
-    }
-    files |= {str(file.relative_to(folder)): file for file in folder.glob("additional_chat_templates/*.jinja")}
-    files |= eval_results(folder)
-    card = folder / "README.md"
-    if card.exists() and is_written_by_hand(card.read_text()):
-        files["README.md"] = card
-    else:
-        files["README.md"] = str(make_card(folder, repo_id, revision, tags, name_or_path, api)).encode()
-    return files
-
-
-def next_version(tags: list[str]) -> str:
-    versions = [int(tag[1:]) for tag in tags if re.fullmatch(r"v\d+", tag)]
-    return f"v{max(versions, default=0) + 1}"
-
-
-def upload(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    tag: str | None = None,
-    tags: list[str] | None = None,
-    name_or_path: str | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-) -> CommitInfo:
-    """Publishes a checkpoint folder in one commit, and gives the commit a tag for the model card to name.
-
-    If it fails, what it has created is deleted again.
-
-    Args:
-        repo_id: `name`, in the namespace of the token, or `namespace/name`; created if it does not exist.
-        private: whether a new repository is private.
-        revision: the branch; created from `main` if it does not exist.
-        create_pr: open a pull request in place of the commit and the tag.
-        tag: the git tag; by default the first of `v1`, `v2`, … that is free.
-        tags: further tags for the metadata of the model card.
-        name_or_path: where the weights were loaded from before they were changed, if the folder does not tell.
-
-    Raises:
-        ValueError: a tag that exists, a pull request to a repository that does not, or a private upload to a public
-            one.
-        HfHubHTTPError: the Hub refuses.
-    """
-    folder, api = Path(folder), HfApi(token=token)
-    validate_repo_id(repo_id)
-    if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
-    with ExitStack() as undo:
-        if not api.repo_exists(repo_id):
-            if create_pr:
-                raise ValueError(f"There is no {repo_id} to open a pull request on; leave out create_pr.")
-            api.create_repo(repo_id, private=private)
-            undo.callback(api.delete_repo, repo_id)
-        elif private and not api.model_info(repo_id).private:
-            raise ValueError(f"{repo_id} exists and is public. Make it private in its settings, or use another name.")
-        refs = api.list_repo_refs(repo_id)
-        existing = [ref.name for ref in refs.tags]
-        if tag in existing:
-            raise ValueError(f"{repo_id} has a tag {tag!r} already; choose another.")
-        if revision and not create_pr and revision not in [branch.name for branch in refs.branches]:
-            api.create_branch(repo_id, branch=revision)
-            undo.callback(api.delete_branch, repo_id, branch=revision)
-        if not create_pr:
-            tag = tag or next_version(existing)
-
-        files = contents(folder, repo_id, None if create_pr else tag, tags, name_or_path, api)
-        if isinstance(files["README.md"], bytes) and card_on_hub_is_written_by_hand(api, repo_id, revision):
-            del files["README.md"]
-        parent = api.model_info(repo_id, revision=revision).sha
-        present = api.list_repo_files(repo_id, revision=revision)
-        # Weights of an earlier version in other shards would be loaded, or at least be downloaded, with the new ones.
-        stale = [name for name in present if re.search(r"\.safetensors(\.index\.json)?$", name) and name not in files]
-        commit = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(name, content) for name, content in files.items()),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=commit_message or "Upload model",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
-        if not create_pr:
-            undo.callback(restore, api, repo_id, revision, [*files, *stale], parent)
-            api.create_tag(repo_id, tag=tag, revision=commit.oid)
-        undo.pop_all()
-    return commit
-
-
-def restore(api: HfApi, repo_id: str, revision: str | None, names: list[str], parent: str) -> None:
-    """Commits the named files as they were in the commit `parent`."""
-    before = api.list_repo_files(repo_id, revision=parent)
-    api.create_commit(
-        repo_id,
-        [
-            CommitOperationCopy(name, name, src_revision=parent) if name in before else CommitOperationDelete(name)
-            for name in names
-        ],
-        commit_message="Undo an upload that failed",
-        revision=revision,
-    )
-
-
-def card_on_hub_is_written_by_hand(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    with TemporaryDirectory() as folder:
-        try:
-            card = api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder)
-        except EntryNotFoundError:
-            return False
-        return is_written_by_hand(Path(card).read_text())
+logger = logging.get_logger(__name__)
 
 
 class HubModel(PreTrainedModel):
@@ -381,41 +25,60 @@ class HubModel(PreTrainedModel):
         if cls.__module__.startswith("torch."):
             cls.__module__, cls.__name__ = cls.__bases__[-1].__module__, cls.__bases__[-1].__name__
 
-    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As in transformers, with the licence of the code; `push_to_hub` does what the method of that name does."""
+        names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+        publishing = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process:
+            self.save_license(Path(save_directory))
+        if push_to_hub and is_main_process:
+            name = publishing.pop("repo_id", None) or Path(save_directory).name
+            self.publish(save_directory, name, token=kwargs.get("token"), **publishing)
+
+    def save_license(self, folder: Path) -> None:
         license_file = Path(__file__).with_name("LICENSE")
         if not license_file.exists():  # The code was loaded from a checkpoint, without what is not code.
-            license_file = cached_file(self.name_or_path, "LICENSE", _raise_exceptions_for_missing_entries=False)
-        if license_file and kwargs.get("is_main_process", True):
-            (Path(save_directory) / "LICENSE").write_text(Path(license_file).read_text())
+            try:
+                license_file = cached_file(self.name_or_path, "LICENSE", _raise_exceptions_for_missing_entries=False)
+            except OSError as error:
+                logger.warning(f"LICENSE, which belongs to the code, cannot be had from {self.name_or_path} ({error}).")
+                return
+        if license_file and not (folder / "LICENSE").exists():
+            (folder / "LICENSE").write_text(Path(license_file).read_text())
 
     def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         max_shard_size: int | str = "50GB",
-        tags: list[str] | None = None,
-        tag: str | None = None,
-    ) -> CommitInfo:
-        """As in transformers, with what `upload` does besides: one commit, a complete model card, and a git `tag`."""
+        **kwargs,
+    ) -> "CommitInfo | str":
+        """As in transformers, with what `upload` does besides: one commit, a complete model card, and a git `tag`.
+
+        Args:
+            repo_id: `name`, in your own namespace, or `namespace/name`.
+            max_shard_size: of a file of weights.
+            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, `tags` (of the
+                model card) and `tag`; see `upload`. With transformers' own adapters in the model, only these are
+                published, as transformers does it.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return upload(
-                folder,
-                repo_id,
-                token=token,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                tag=tag,
-                tags=[*(self.model_tags or []), *(tags or [])],
-                name_or_path=self.name_or_path,
-                commit_message=commit_message,
-                commit_description=commit_description,
-            )
+            return self.publish(folder, repo_id, **kwargs)
+
+    def publish(self, folder: str | Path, repo_id: str, tags: list[str] | None = None, **kwargs) -> "CommitInfo":
+        # Here, so that loading a model imports nothing that only publishing needs.
+        from .upload import upload
+
+        tags = [*(self.model_tags or []), *(tags or [])]
+        return upload(folder, repo_id, tags=tags, name_or_path=self.name_or_path, **kwargs)

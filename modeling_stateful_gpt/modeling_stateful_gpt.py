@@ -530,8 +530,9 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
             **kwargs,
         )
         every_pass = outputs.pass_hidden_states if labels is not None else None
+        last_pass = outputs.pass_hidden_states[-1] if outputs.pass_hidden_states else outputs.last_hidden_state
         losses = []
-        for hidden_states in every_pass or (outputs.last_hidden_state,):
+        for hidden_states in every_pass or (last_pass,):
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
             if labels is not None:
                 losses.append(self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs))

@@ -4,7 +4,8 @@
     python tests/compatibility.py report.xml          # writes the table into README.md
     python tests/compatibility.py report.xml --check  # fails if the README says something else
 
-A row says yes if at least one of its tests passed and none failed, in the environment that this runs in.
+A row says yes if each of its tests passed, with some of its parameters at least, and none failed, in the environment
+that this runs in.
 """
 
 import argparse
@@ -33,9 +34,10 @@ def table(report: Path) -> str:
             rows.setdefault(tuple(mark.attrib["value"].split("\t")), []).append((test, outcome(case)))
     lines = ["| package | version | use | works | shown by |", "|---|---|---|---|---|"]
     for (package, use), results in sorted(rows.items()):
-        outcomes = {result for _, result in results}
-        works = "no" if "failed" in outcomes else "yes" if "passed" in outcomes else "not run"
-        tests = ", ".join(dict.fromkeys(test for test, _ in sorted(results)))
+        outcomes = {test: {result for other, result in results if other == test} for test, _ in sorted(results)}
+        failed = any("failed" in seen for seen in outcomes.values())
+        works = "no" if failed else "yes" if all("passed" in seen for seen in outcomes.values()) else "not run"
+        tests = ", ".join(outcomes)
         tested = version(package).partition("+")[0]  # Without the kind of build.
         lines.append(f"| {package} | {tested} | {use} | {works} | {tests} |")
     return "\n".join(lines) + "\n"

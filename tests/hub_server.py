@@ -19,6 +19,7 @@ from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import _http
 from transformers.utils import hub as transformers_hub
 
+DATE = "2025-01-01T00:00:00.000Z"
 USERS = {"hf_test": "me", "hf_other": "other"}  # by token
 LFS_SUFFIXES = (".safetensors", ".bin")
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
@@ -61,13 +62,14 @@ class Repo:
 
 
 class HubServer:
-    """Serves at `url` during a `with` block. A request for which `fail_on(method, path)` is true gets status 500."""
+    """Serves at `url` during a `with` block. A request for which `fail_on(method, path)` is true gets status 500; one
+    for which `lose_answers(method, path)` is true is carried out and gets status 504."""
 
     def __init__(self):
         self.repos: dict[str, Repo] = {}
         self.uploads: dict[str, bytes] = {}
         self.unknown: list[str] = []
-        self.fail_on = lambda method, path: False
+        self.fail_on = self.lose_answers = lambda method, path: False
         self.lock = threading.Lock()
         self.caches = tempfile.TemporaryDirectory(prefix="hf_hub_")
 
@@ -200,7 +202,10 @@ class Handler(BaseHTTPRequestHandler):
         for method, path, action in ROUTES:
             match = path.fullmatch(url.path)
             if match and method == self.command.replace("HEAD", "GET"):
-                return action(self, *(unquote(group) for group in match.groups("")))
+                answer = action(self, *(unquote(group) for group in match.groups("")))
+                if self.hub.lose_answers(self.command, url.path):
+                    raise HubError(504, "Gateway Timeout")
+                return answer
         self.hub.unknown.append(f"{self.command} {self.path}")
         raise HubError(404, f"This Hub does not know {self.command} {self.path}")
 
@@ -391,6 +396,16 @@ class Handler(BaseHTTPRequestHandler):
             refs[revision] = commit.sha
         repo.commits.append(commit)
         return reply
+
+    @route("GET", f"/api/models/{REPO}/commits/{NAME}")
+    def history(self, repo_id, revision):
+        repo, found = self.readable(repo_id), []
+        sha: str | None = revision
+        while sha is not None:
+            commit = repo.commit(sha)
+            found.append({"id": commit.sha, "title": commit.message, "message": "", "authors": [], "date": DATE})
+            sha = commit.parent
+        return found
 
     def apply(self, operation: str, value: dict, files: dict[str, bytes]):
         path = value["path"]

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 from data import byte_tokenizer
-from hub_server import HubServer, online
-from huggingface_hub import HfApi, ModelCard
+from hub_server import Commit, HubServer, online
+from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from test_clients import HEADS, learned, prompt
-from train import parse, train
+from train import RunError, parse, train
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import hub_upload
@@ -107,7 +107,8 @@ def test_an_uploaded_checkpoint_is_complete_and_its_card_tells_how_to_load_it(hu
     assert others | {"training_curve.png", "results.json"} < set(uploaded)
     # What is pickled, or names the files of this machine, stays here.
     assert not any(name.endswith(".bin") or name == "run.json" for name in uploaded)
-    assert not any(str(tmp_path).encode() in content for content in uploaded.values())
+    folder_of_the_text = json.loads((checkpoint / "run.json").read_text())["text_file"][0].removesuffix("/text.txt")
+    assert not any(folder_of_the_text.encode() in content for content in uploaded.values())
 
     model_card = card(hub, "me/mine")
     assert model_card.data.to_dict() == {
@@ -202,6 +203,8 @@ def cut_weights(folder):
         (without("tokenizer.json"), "tokenizer.save_pretrained"),
         (without("generation_config.json"), "generation_config.json"),
         (without("modeling_stateful_gpt.py"), "lacks its code"),
+        (without("feedback.py"), "lacks its code"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"), "index"),
         (change_config(architectures=["LlamaForCausalLM"]), "config.json cannot be used"),
         (change_config(feedback="correction"), "do not belong together"),
         (cut_weights, "damaged"),
@@ -241,7 +244,7 @@ def test_what_the_hub_would_refuse_is_refused_with_advice(hub, checkpoint, monke
 @pytest.mark.parametrize("step", ["/preupload/", "/upload/", "/commit/", "/tag/"])
 def test_after_a_failure_nothing_is_half_published(step, hub, checkpoint):
     hub.fail_on = lambda method, path: step in path
-    with pytest.raises((SystemExit, RuntimeError)):
+    with pytest.raises(SystemExit, match="error: "):
         hub_upload.main([str(checkpoint), "me/mine"])
     assert hub.repos == {}
 
@@ -256,10 +259,79 @@ def test_after_a_failure_nothing_is_half_published(step, hub, checkpoint):
     model.save_pretrained(checkpoint)
     hub.fail_on = lambda method, path: step in path
     for options in [], ["--revision", "dev"]:
-        with pytest.raises((SystemExit, RuntimeError)):
+        with pytest.raises(SystemExit, match="error: "):
             hub_upload.main([str(checkpoint), "me/mine", *options])
         assert files(hub, "me/mine") == before
         assert set(repo.branches) == {"main"} and set(repo.tags) == {"v1"}
+
+
+def test_a_commit_whose_answer_is_lost_is_taken_back(hub, checkpoint):
+    hub_upload.main([str(checkpoint), "me/mine"])
+    before = dict(files(hub, "me/mine"))
+    change_config(tolerance=0.5)(checkpoint)
+    lost = iter([True])
+    hub.lose_answers = lambda method, path: "/commit/" in path and next(lost, False)
+    with pytest.raises(SystemExit, match="error: "):
+        hub_upload.main([str(checkpoint), "me/mine"])
+    assert files(hub, "me/mine") == before and set(hub.repos["me/mine"].tags) == {"v1"}
+
+
+def test_what_someone_else_commits_in_the_meantime_stays(hub, checkpoint):
+    hub_upload.main([str(checkpoint), "me/mine"])
+    change_config(tolerance=0.5)(checkpoint)
+    repo = hub.repos["me/mine"]
+    theirs = Commit("Theirs", {**files(hub, "me/mine"), "theirs.txt": b"theirs"}, repo.branches["main"])
+
+    def commit_before_us(method, path):
+        if "/commit/" in path and theirs not in repo.commits:
+            repo.commits.append(theirs)
+            repo.branches["main"] = theirs.sha
+        return False
+
+    hub.fail_on = commit_before_us
+    with pytest.raises(SystemExit, match="Someone else"):
+        hub_upload.main([str(checkpoint), "me/mine"])
+    assert files(hub, "me/mine")["theirs.txt"] == b"theirs"
+    assert b'"tolerance": 0.5' not in files(hub, "me/mine")["config.json"]
+    hub_upload.main([str(checkpoint), "me/mine"])
+    assert b'"tolerance": 0.5' in files(hub, "me/mine")["config.json"] and set(hub.repos["me/mine"].tags) == {
+        "v1",
+        "v2",
+    }
+
+
+def test_an_unreachable_hub_is_said_to_be_one(hub, checkpoint, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:1")
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        hub_upload.main([str(checkpoint), "me/mine"])
+
+
+def test_a_new_version_leaves_nothing_of_the_old_one_and_everything_of_others(hub, checkpoint):
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    hub_upload.main([str(checkpoint), "me/mine"])
+    api = HfApi(endpoint=hub.url)
+    api.upload_file(repo_id="me/mine", path_in_repo="lora/adapter_model.safetensors", path_or_fileobj=b"an adapter")
+    (checkpoint / "chat_template.jinja").unlink()
+    hub_upload.main([str(checkpoint), "me/mine"])
+    assert "lora/adapter_model.safetensors" in files(hub, "me/mine")
+    assert "chat_template.jinja" in files(hub, "me/mine", "v1") and "chat_template.jinja" not in files(hub, "me/mine")
+
+
+def test_paths_of_this_machine_are_no_metadata(hub, checkpoint, tmp_path):
+    run = json.loads((checkpoint / "run.json").read_text())
+    run |= {"dataset_name": str(tmp_path / "words"), "model_name_or_path": str(tmp_path)}
+    (checkpoint / "run.json").write_text(json.dumps(run))
+    hub_upload.main([str(checkpoint), "me/mine"])
+    assert card(hub, "me/mine").data.datasets is None and card(hub, "me/mine").data.base_model is None
+    assert not any(str(tmp_path).encode() in name.encode() + text for name, text in files(hub, "me/mine").items())
+    assert not any(name.startswith(".eval_results") for name in files(hub, "me/mine"))
+
+
+def test_a_checkpoint_made_for_transformers_serve_can_be_published(hub, checkpoint, tmp_path):
+    change_config(architectures=["AutoModelForCausalLM"])(checkpoint)
+    hub_upload.main([str(checkpoint), "me/mine"])
+    check_that_it_loads(hub, tmp_path, AutoModelForCausalLM.from_pretrained(checkpoint), "me/mine")
 
 
 def test_a_card_written_by_hand_is_kept(hub, checkpoint):
@@ -307,6 +379,26 @@ def test_push_to_hub_publishes_the_same(name, hub, tmp_path):
     assert in_a_fresh_process(hub, tmp_path, snippet(card(hub, "me/mine"))) == ""
     byte_tokenizer().push_to_hub("me/mine")
     check_that_it_loads(hub, tmp_path, model, "me/mine")
+
+
+def test_saving_publishes_as_well(hub, tmp_path):
+    learned("stateful").save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="Saved", token="hf_test")
+    assert "LICENSE" in files(hub, "me/mine") and hub.repos["me/mine"].commit("v1").message == "Saved"
+    assert 'revision="v1"' in snippet(card(hub, "me/mine"))
+
+
+def test_transformers_own_adapters_are_published_alone(hub):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = copy.deepcopy(learned("stateful"))
+    model.add_adapter(peft.LoraConfig(target_modules="all-linear"))
+    model.push_to_hub("me/adapter")
+    assert "adapter_model.safetensors" in files(hub, "me/adapter")
+
+
+def test_a_new_version_is_not_its_own_base(hub):
+    learned("stateful").push_to_hub("me/mine")
+    AutoModelForCausalLM.from_pretrained("me/mine").push_to_hub("me/mine")
+    assert card(hub, "me/mine", "v2").data.base_model is None
 
 
 REPUBLISH = """
@@ -366,8 +458,24 @@ def test_the_training_command_pushes_a_complete_repository(hub, tmp_path):
     names = ["--hub_model_id", "me/mine", "--output_dir", str(tmp_path / "out")]
     train(*parse([*options.split(), *names, "--text_file", str(tmp_path / "text.txt")]))
     assert 'revision="v1"' in snippet(card(hub, "me/mine", "v1"))
+    assert [commit.message for commit in hub.repos["me/mine"].commits] == ["initial commit", "Upload model"]
     assert "training_curve.png" in files(hub, "me/mine")
+    assert not {"run.json", "training_args.bin"} & set(files(hub, "me/mine"))
     check_that_it_loads(hub, tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path / "out"), "me/mine", "v1")
+
+
+def test_a_push_that_failed_is_made_by_the_same_command_again(hub, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three\n" * 300)
+    options = "--max_steps 1 --hidden_size 16 --num_hidden_layers 1 --block_size 16 --use_cpu --push_to_hub"
+    command = [*options.split(), "--output_dir", str(tmp_path / "mine"), "--text_file", str(tmp_path / "text.txt")]
+    hub.fail_on = lambda method, path: "/tag/" in path
+    with pytest.raises(RunError, match="same command again"):
+        train(*parse(command))
+    assert hub.repos == {}
+    hub.fail_on = lambda method, path: False
+    for _ in range(2):
+        train(*parse(command))
+    assert set(hub.repos["me/mine"].tags) == {"v1"}
 
 
 WITH_ADAPTER = """

@@ -86,7 +86,8 @@ class ModelTester:
         return copy.deepcopy(self.config), {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.client("transformers", "its own `ModelTesterMixin` and `GenerationTesterMixin`")
+# The tests of generation are in one of the folders that are left out; that a model has them is itself tested.
+@pytest.mark.client("transformers", "`ModelTesterMixin` of its own tests")
 class Common(common.ModelTesterMixin, common.GenerationTesterMixin):
     test_can_init_all_missing_weights_before_2023 = True
     excluded: dict[str, str] = {}

@@ -51,9 +51,14 @@ def load_corpus(
     if text_file and dataset_name:
         raise DataError("Give either --text_file or --dataset_name, not both.")
     if text_file:
-        source, documents = ", ".join(text_file), [read_text(Path(name)) for name in text_file]
+        source, documents = (
+            ", ".join(Path(name).name for name in text_file),
+            [read_text(Path(name)) for name in text_file],
+        )
     elif dataset_name:
-        source, splits = dataset_name, load_dataset(dataset_name, dataset_config_name)
+        # Without the folders of this machine: the report is published with the model.
+        source = Path(dataset_name).name if Path(dataset_name).exists() else dataset_name
+        splits = load_dataset(dataset_name, dataset_config_name)
         documents = read_column(source, splits, "train", text_column)
         if "validation" in splits:
             validation = read_column(source, splits, "validation", text_column)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, sample_blocks, token_blocks
 from datasets import Dataset
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from plot import draw
 from safetensors import SafetensorError
 from transformers import (
@@ -35,7 +35,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import logging
 
 from modeling_stateful_gpt import (
@@ -45,7 +45,7 @@ from modeling_stateful_gpt import (
     StatefulGPTForCausalLM,
 )
 from modeling_stateful_gpt.generation_gateloop import position_limit
-from modeling_stateful_gpt.hub import upload
+from modeling_stateful_gpt.upload import upload
 
 logger = logging.get_logger("training")
 
@@ -139,6 +139,7 @@ class TrainArguments(TrainingArguments):
     save_steps: float = 100
     save_total_limit: int | None = 2
     prediction_loss_only: bool = True
+    push_to_hub: bool = field(default=False, metadata={"help": "Publish the finished model, as hub_upload.py does."})
     report_to: str = "none"
     dataloader_pin_memory: bool = torch.accelerator.is_available()
     # In a batch of one pass the fusion has no gradient, with gradient checkpointing as well.
@@ -444,12 +445,19 @@ def train(
             f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no readable trainer_state.json); "
             f"leave it out to go on from the last complete one."
         )
+    # Trainer would push, at every save, all that is in the folder; what is pushed here is a complete repository, once.
+    push, training_arguments.push_to_hub = training_arguments.push_to_hub, False
+    if push and training_arguments.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
+        raise RunError("--push_to_hub publishes the finished model; checkpoints are not: leave out --hub_strategy.")
     check_folder(folder, settings)
+    main_process = training_arguments.process_index == 0
     if results_file.exists():
         print(f"{folder} is finished.")
-        return json.loads(results_file.read_text())
+        results = json.loads(results_file.read_text())
+        if push and main_process and "pushed" not in results:
+            publish(folder, results, training_arguments)
+        return results
 
-    main_process = training_arguments.process_index == 0
     with training_arguments.main_process_first():
         # Bad input must leave nothing behind, so everything is made before the folder is.
         data = prepared() if prepared else prepare_data(data_arguments, model_arguments.model_name_or_path)
@@ -493,7 +501,7 @@ def train(
     tokens_per_step = data_arguments.block_size * training_arguments.train_batch_size
     tokens_per_step *= training_arguments.gradient_accumulation_steps * training_arguments.world_size
     results = {
-        "preset": model_arguments.preset or model_arguments.model_name_or_path or "stateful",
+        "preset": model_arguments.preset or Path(model_arguments.model_name_or_path or "stateful").name,
         "seed": training_arguments.seed,
         "parameters": count_parameters(model),
         "tokens": trainer.state.global_step * tokens_per_step,
@@ -506,17 +514,26 @@ def train(
             draw({results["preset"]: [results]}, folder / "training_curve.png")
         results_file.write_text(json.dumps(results, indent=1))
         print(f"Saved to {folder}.")
-        if training_arguments.push_to_hub:
-            # What Trainer has pushed until now has a card of its own, and no tag.
-            commit = upload(
-                folder,
-                trainer.hub_model_id,
-                token=training_arguments.hub_token,
-                revision=training_arguments.hub_revision,
-                commit_message="End of training",
-            )
-            print(f"Pushed to {commit.commit_url}.")
+        if push:
+            publish(folder, results, training_arguments)
     return results
+
+
+def publish(folder: Path, results: dict, arguments: TrainArguments) -> None:
+    """Pushes a finished run, and notes it in its results."""
+    try:
+        commit = upload(
+            folder,
+            arguments.hub_model_id or folder.name,
+            token=arguments.hub_token,
+            private=arguments.hub_private_repo,
+            revision=arguments.hub_revision,
+        )
+    except (HTTPError, ValueError, OSError, RuntimeError) as error:
+        raise RunError(f"{error}\nThe model is in {folder}. Give the same command again to push it.") from error
+    results["pushed"] = commit.commit_url
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    print(f"Pushed to {commit.commit_url}.")
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainArguments]:
