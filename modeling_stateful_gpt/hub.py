@@ -5,12 +5,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
-from transformers.utils import cached_file, logging
+
+from .license import LICENSE
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-
-logger = logging.get_logger(__name__)
 
 
 class HubModel(PreTrainedModel):
@@ -34,25 +33,20 @@ class HubModel(PreTrainedModel):
         **kwargs,
     ) -> None:
         """As in transformers, with the licence of the code; `push_to_hub` does what the method of that name does."""
-        names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+        folder = Path(save_directory)
+        if getattr(self, "_hf_peft_config_loaded", False):  # Transformers' own adapters, which are saved alone.
+            return super().save_pretrained(folder, is_main_process, state_dict, push_to_hub, **kwargs)
+        names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags", "tag")
         publishing = {name: kwargs.pop(name) for name in names if name in kwargs}
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        if is_main_process:
-            self.save_license(Path(save_directory))
-        if push_to_hub and is_main_process:
-            name = publishing.pop("repo_id", None) or Path(save_directory).name
-            self.publish(save_directory, name, token=kwargs.get("token"), **publishing)
-
-    def save_license(self, folder: Path) -> None:
-        license_file = Path(__file__).with_name("LICENSE")
-        if not license_file.exists():  # The code was loaded from a checkpoint, without what is not code.
-            try:
-                license_file = cached_file(self.name_or_path, "LICENSE", _raise_exceptions_for_missing_entries=False)
-            except OSError as error:
-                logger.warning(f"LICENSE, which belongs to the code, cannot be had from {self.name_or_path} ({error}).")
-                return
-        if license_file and not (folder / "LICENSE").exists():
-            (folder / "LICENSE").write_text(Path(license_file).read_text())
+        super().save_pretrained(folder, is_main_process, state_dict, **kwargs)
+        if not is_main_process or not folder.is_dir():
+            return None
+        if not (folder / "LICENSE").exists():
+            (folder / "LICENSE").write_text(LICENSE)
+        if push_to_hub:
+            repo_id = publishing.pop("repo_id", None) or folder.resolve().name
+            self.publish(folder, repo_id, token=kwargs.get("token"), **publishing)
+        return None
 
     def push_to_hub(  # type: ignore[override]
         self,

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,15 +21,21 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers.utils import logging
 
+from .license import LICENSE
+
 logger = logging.get_logger(__name__)
 
-UPLOADED = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.txt", "*.png", "*.jpg", "*.svg", "LICENSE")
-"""Of a checkpoint folder. Not what is pickled, nor `run.json`, which names files of the machine it was trained on."""
+PICTURES = ("*.png", "*.jpg", "*.svg")
+UPLOADED = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "merges.txt", "vocab.txt", *PICTURES, "LICENSE")
+"""Of a checkpoint folder. Not what is pickled, nor what is in `PRIVATE`."""
+
+PRIVATE = ("run.json", "trainer_state.json")
+"""They name files of the machine on which the model was trained."""
 
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 TOKENIZER = r"(tokenizer|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|tokenizer\.model|chat_template\.jinja"
@@ -107,7 +113,15 @@ The code is under the Apache License 2.0 (`LICENSE`).
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
+    """What is in a JSON file; nothing if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); mend it, or take it away.") from error
 
 
 def task_of(config: dict[str, Any]) -> tuple[str, str]:
@@ -145,16 +159,23 @@ def base_model_of(config: dict[str, Any], run: dict[str, Any], name: str | None)
     return on_the_hub(name or run.get("model_name_or_path") or config.get("text_config", {}).get("_name_or_path"))
 
 
-def license_of(base_model: str | None, api: HfApi | None) -> str:
+def dataset_of(run: dict[str, Any], results: dict[str, Any]) -> str | None:
+    """The name on the Hub of the dataset. The report of the data has it, too, but of a folder only the last part."""
+    name = on_the_hub(run.get("dataset_name"))
+    return name if name == results.get("data", {}).get("source") else None
+
+
+def known_to(api: HfApi | None, base_model: str | None) -> tuple[str | None, str]:
+    """The base model, if the Hub knows it (the name may be that of a folder that was here once), and the licence."""
     if base_model is None:
-        return "apache-2.0"
+        return None, "apache-2.0"
     if api is None:
-        return "unknown"
+        return base_model, "unknown"
     try:
-        return api.model_info(base_model).card_data.license or "unknown"
-    except Exception:
-        # Whatever keeps the other repository from being read, it does not keep this one from being written.
-        return "unknown"
+        card = api.model_info(base_model).card_data
+    except RepositoryNotFoundError:
+        return None, "apache-2.0"
+    return base_model, (card.license if card else None) or "unknown"
 
 
 def make_card(
@@ -164,15 +185,16 @@ def make_card(
     tags: list[str] | None = None,
     name_or_path: str | None = None,
     api: HfApi | None = None,
+    present: Sequence[str] = (),
 ) -> ModelCard:
     """The model card of a checkpoint folder, from what `save_pretrained`, `train.py` and `evaluate.py` left in it."""
     config, run = read_json(folder / "config.json"), read_json(folder / "run.json")
     results = read_json(folder / "results.json")
     auto_class, pipeline_tag = task_of(config)
     base_model = base_model_of(config, run, name_or_path)
-    if base_model == repo_id:  # A new version of itself.
-        base_model = None
-    dataset = on_the_hub(run.get("dataset_name"))
+    # A new version is not its own base.
+    base_model, license_name = known_to(api, base_model if base_model != repo_id else None)
+    dataset = dataset_of(run, results)
     decoder = config.get("text_config", config)
     model_fields = ("feedback", "feedback_source", "num_passes", "pass_probabilities", "solver", "tolerance")
     decoder_fields = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "dtype")
@@ -183,10 +205,11 @@ def make_card(
     }
     data_table = {**results.get("data", {}), "tokens seen": results.get("tokens")} if results else {}
     # They may be paths; the Hub's names are in the metadata.
-    hidden = ("text_file", "dataset_name", "model_name_or_path", "tokenizer_name")
+    hidden = ["text_file", "dataset_name", "model_name_or_path", "tokenizer_name"]
+    hidden += ["num_train_epochs"] if run.get("max_steps", 0) > 0 else []
     return ModelCard.from_template(
         ModelCardData(
-            license=license_of(base_model, api),
+            license=license_name,
             library_name="transformers",
             pipeline_tag=pipeline_tag,
             datasets=[dataset] if dataset else None,
@@ -200,7 +223,7 @@ def make_card(
         generated=GENERATED,
         description=describe(config),
         auto_class=auto_class,
-        has_tokenizer=(folder / "tokenizer_config.json").exists(),
+        has_tokenizer=(folder / "tokenizer_config.json").exists() or "tokenizer_config.json" in present,
         tables={
             "Model": model_table,
             "Data": {key: value for key, value in data_table.items() if value is not None},
@@ -208,18 +231,18 @@ def make_card(
         },
         evaluation=read_json(folder / "evaluation.json") or evaluation_in_training(run, results),
         base_model=base_model,
-        pictures=sorted(file.name for kind in ("*.png", "*.jpg", "*.svg") for file in folder.glob(kind)),
+        pictures=sorted(file.name for kind in PICTURES for file in folder.glob(kind)),
     )
 
 
 def evaluation_in_training(run: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """The last one of a run, in the form of what `evaluate.py` writes."""
     losses = [entry["eval_loss"] for entry in results.get("log", []) if "eval_loss" in entry]
-    if not losses:
+    if not losses or "bytes_per_token" not in results.get("data", {}):
         return {}
     bits_per_byte = losses[-1] / math.log(2) / results["data"]["bytes_per_token"]
     return {
-        "text": f"{run['max_eval_samples']} blocks of held-out documents",
+        "text": f"{results['eval_blocks']} blocks of text held out",
         "block_size": run["block_size"],
         "results": {"exact": {"bits_per_byte": bits_per_byte, "perplexity": math.exp(losses[-1])}},
     }
@@ -239,7 +262,7 @@ def count_parameters(folder: Path) -> int:
 def eval_results(folder: Path) -> dict[str, bytes]:
     """The evaluation in the Hub's format, which is for data of the Hub: in training, of its validation part."""
     run, results = read_json(folder / "run.json"), read_json(folder / "results.json")
-    evaluation, dataset = evaluation_in_training(run, results), on_the_hub(run.get("dataset_name"))
+    evaluation, dataset = evaluation_in_training(run, results), dataset_of(run, results)
     if not dataset or not evaluation:
         return {}
     entry = EvalResultEntry(
@@ -263,18 +286,21 @@ def contents(
     tags: list[str] | None = None,
     name_or_path: str | None = None,
     api: HfApi | None = None,
+    present: Sequence[str] = (),
 ) -> dict[str, Path | bytes]:
-    """What a repository made of `folder` holds: file names, and for each a file of the folder or its bytes."""
+    """What an upload of `folder` brings into a repository with the files `present`: file names, and for each a file of
+    the folder or its bytes."""
     files: dict[str, Path | bytes] = {
-        file.name: file for kind in UPLOADED for file in sorted(folder.glob(kind)) if file.name != "run.json"
+        file.name: file for kind in UPLOADED for file in sorted(folder.glob(kind)) if file.name not in PRIVATE
     }
+    files.setdefault("LICENSE", LICENSE.encode())
     files |= {str(file.relative_to(folder)): file for file in folder.glob("additional_chat_templates/*.jinja")}
     files |= eval_results(folder)
     card = folder / "README.md"
-    if card.exists() and is_written_by_hand(card.read_text()):
+    if card.exists() and is_written_by_hand(card.read_text(errors="replace")):
         files["README.md"] = card
     else:
-        files["README.md"] = str(make_card(folder, repo_id, revision, tags, name_or_path, api)).encode()
+        files["README.md"] = str(make_card(folder, repo_id, revision, tags, name_or_path, api, present)).encode()
     return files
 
 
@@ -338,13 +364,13 @@ def upload(
         if not create_pr:
             tag = tag or next_version(existing)
 
-        files = contents(folder, repo_id, None if create_pr else tag, tags, name_or_path, api)
+        present = api.list_repo_files(repo_id, revision=None if create_pr else revision)
+        files = contents(folder, repo_id, None if create_pr else tag, tags, name_or_path, api, present)
         if isinstance(files["README.md"], bytes) and card_on_hub_is_written_by_hand(api, repo_id, revision):
             del files["README.md"]
         # What the new version would otherwise be loaded with, or be judged by.
         outdated = "|".join([WEIGHTS, RESULTS, *([TOKENIZER] if "tokenizer_config.json" in files else [])])
         parent = api.model_info(repo_id, revision=revision).sha
-        present = api.list_repo_files(repo_id, revision=revision)
         stale = [name for name in present if re.fullmatch(outdated, name) and name not in files]
         commit_message = commit_message or "Upload model"
 

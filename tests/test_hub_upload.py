@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 
 import hub_upload
 from modeling_stateful_gpt import StatefulGPTForCausalLM
+from modeling_stateful_gpt.license import LICENSE
 
 IDS = torch.tensor([[72, 101, 108, 108, 111]])
 STRANGER = """
@@ -126,7 +127,7 @@ def test_an_uploaded_checkpoint_is_complete_and_its_card_tells_how_to_load_it(hu
 
 def test_the_licence_that_goes_with_the_code_is_that_of_the_project():
     root = Path(hub_upload.__file__).parent
-    assert (root / "modeling_stateful_gpt/LICENSE").read_bytes() == (root / "LICENSE").read_bytes()
+    assert (root / "LICENSE").read_text() == LICENSE
 
 
 def test_versions_are_counted_and_old_ones_stay(hub, checkpoint, tmp_path):
@@ -320,7 +321,8 @@ def test_a_new_version_leaves_nothing_of_the_old_one_and_everything_of_others(hu
 
 def test_paths_of_this_machine_are_no_metadata(hub, checkpoint, tmp_path):
     run = json.loads((checkpoint / "run.json").read_text())
-    run |= {"dataset_name": str(tmp_path / "words"), "model_name_or_path": str(tmp_path)}
+    # The second one was there in the folder where the training command was given.
+    run |= {"dataset_name": str(tmp_path / "words"), "model_name_or_path": "runs/before"}
     (checkpoint / "run.json").write_text(json.dumps(run))
     hub_upload.main([str(checkpoint), "me/mine"])
     assert card(hub, "me/mine").data.datasets is None and card(hub, "me/mine").data.base_model is None
@@ -355,6 +357,9 @@ def test_the_card_names_the_dataset_and_the_base_model_and_holds_what_evaluate_f
     run = json.loads((checkpoint / "run.json").read_text())
     run |= {"dataset_name": "me/words", "dataset_config_name": "small", "model_name_or_path": "me/base"}
     (checkpoint / "run.json").write_text(json.dumps(run))
+    results = json.loads((checkpoint / "results.json").read_text())
+    results["data"]["source"] = "me/words"
+    (checkpoint / "results.json").write_text(json.dumps(results))
     found = {"exact": {"bits_per_byte": 1.25, "perplexity": 2.5}}
     (checkpoint / "evaluation.json").write_text(json.dumps({"text": "A book", "block_size": 64, "results": found}))
     hub_upload.main([str(checkpoint), "me/mine"])
@@ -382,9 +387,9 @@ def test_push_to_hub_publishes_the_same(name, hub, tmp_path):
 
 
 def test_saving_publishes_as_well(hub, tmp_path):
-    learned("stateful").save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="Saved", token="hf_test")
-    assert "LICENSE" in files(hub, "me/mine") and hub.repos["me/mine"].commit("v1").message == "Saved"
-    assert 'revision="v1"' in snippet(card(hub, "me/mine"))
+    learned("stateful").save_pretrained(tmp_path / "mine", push_to_hub=True, tag="first", token="hf_test")
+    assert files(hub, "me/mine", "first")["LICENSE"].decode() == LICENSE
+    assert 'revision="first"' in snippet(card(hub, "me/mine"))
 
 
 def test_transformers_own_adapters_are_published_alone(hub):
@@ -395,26 +400,38 @@ def test_transformers_own_adapters_are_published_alone(hub):
     assert "adapter_model.safetensors" in files(hub, "me/adapter")
 
 
+def test_a_licence_in_the_folder_stays(tmp_path):
+    (tmp_path / "LICENSE").write_text("CC-BY-NC")
+    learned("stateful").save_pretrained(tmp_path)
+    assert (tmp_path / "LICENSE").read_text() == "CC-BY-NC"
+
+
 def test_a_new_version_is_not_its_own_base(hub):
     learned("stateful").push_to_hub("me/mine")
+    byte_tokenizer().push_to_hub("me/mine")
     AutoModelForCausalLM.from_pretrained("me/mine").push_to_hub("me/mine")
     assert card(hub, "me/mine", "v2").data.base_model is None
+    assert "AutoTokenizer" in snippet(card(hub, "me/mine", "v2")), "the repository has one"
 
 
 REPUBLISH = """
-import sys
+import shutil, sys
 sys.modules["modeling_stateful_gpt"] = None
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained("me/mine", trust_remote_code=True).push_to_hub("me/again")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+shutil.rmtree(sys.argv[1])
+model.push_to_hub("me/moved")
 """
 
 
 def test_a_model_that_was_loaded_as_code_publishes_the_same(hub, checkpoint, tmp_path):
     hub_upload.main([str(checkpoint), "me/mine"])
-    in_a_fresh_process(hub, tmp_path, REPUBLISH)
-    first, second = files(hub, "me/mine"), files(hub, "me/again")
-    for name in ("model.safetensors", "LICENSE", *(name for name in first if name.endswith(".py"))):
-        assert first[name] == second[name], name
+    in_a_fresh_process(hub, tmp_path, REPUBLISH, checkpoint)
+    first = files(hub, "me/mine")
+    for copied in (files(hub, "me/again"), files(hub, "me/moved")):
+        for name in ("model.safetensors", "LICENSE", *(name for name in first if name.endswith(".py"))):
+            assert first[name] == copied[name], name
     assert card(hub, "me/again").data.base_model == "me/mine"
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, sample_blocks, token_blocks
 from datasets import Dataset
+from huggingface_hub import whoami
 from huggingface_hub.errors import HTTPError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from plot import draw
 from safetensors import SafetensorError
 from transformers import (
@@ -449,6 +451,8 @@ def train(
     push, training_arguments.push_to_hub = training_arguments.push_to_hub, False
     if push and training_arguments.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
         raise RunError("--push_to_hub publishes the finished model; checkpoints are not: leave out --hub_strategy.")
+    if push:
+        check_access(training_arguments.hub_model_id or folder.name, training_arguments.hub_token)
     check_folder(folder, settings)
     main_process = training_arguments.process_index == 0
     if results_file.exists():
@@ -507,6 +511,7 @@ def train(
         "tokens": trainer.state.global_step * tokens_per_step,
         "seconds": None if checkpoint else round(time.perf_counter() - started, 1),
         "data": data.report,
+        "eval_blocks": len(trainer.eval_dataset),
         "log": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
     }
     if main_process:
@@ -517,6 +522,15 @@ def train(
         if push:
             publish(folder, results, training_arguments)
     return results
+
+
+def check_access(repo_id: str, token: str | None) -> None:
+    """Raises a RunError before training for what would keep the finished model from being pushed."""
+    try:
+        validate_repo_id(repo_id)
+        whoami(token)
+    except (HTTPError, ValueError, OSError) as error:
+        raise RunError(f"--push_to_hub: {error}") from error
 
 
 def publish(folder: Path, results: dict, arguments: TrainArguments) -> None:

@@ -1,4 +1,6 @@
-                                 Apache License
+"""The licence of this code, which goes wherever the code goes."""
+
+LICENSE = """                                 Apache License
                            Version 2.0, January 2004
                         http://www.apache.org/licenses/
 
@@ -199,3 +201,4 @@
    WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
    See the License for the specific language governing permissions and
    limitations under the License.
+"""
