@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    STATIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 from .gate_loop import gate_loop
 
@@ -48,6 +54,68 @@ class LastHiddenStateLayer(DynamicSlidingWindowLayer):
         if self.get_seq_length() == 0:
             return None
         return self.keys[:, 0, -1], self.values[:, 0, -1, 0].bool()
+
+
+class ScatteredLayer(DynamicLayer):
+    """The keys and values of a whole sequence, of which every update writes some positions and reads all.
+
+    To the language model it looks empty: what each position may read, the mask must say.
+
+    Args:
+        layer: what holds the keys and values from before the sequence.
+        past: how many.
+    """
+
+    def __init__(self, layer: DynamicLayer | StaticLayer, past: int):
+        super().__init__()
+        self.past = past
+        if past > 0:
+            self.keys, self.values = layer.keys[:, :, :past], layer.values[:, :, :past]
+            self.is_initialized = True
+        self.positions = slice(None)
+        self.complete = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes `[B, H, |positions|, d]` to `positions` of the sequence; the first time, to all of it."""
+        if not self.complete:
+            self.complete = True
+            return super().update(key_states, value_states)
+        where = slice(self.past + (self.positions.start or 0), None, self.positions.step)
+        self.keys = put(self.keys, key_states, where, dim=2)
+        self.values = put(self.values, value_states, where, dim=2)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+def put(whole: torch.Tensor, part: torch.Tensor, where: slice, dim: int) -> torch.Tensor:
+    """`whole` with `part` in the places `where` of dimension `dim`, in place unless a gradient may need the old."""
+    if torch.is_grad_enabled():
+        return whole.slice_scatter(part, dim, where.start, where.stop, where.step or 1)
+    whole[(slice(None),) * dim + (where,)] = part
+    return whole
+
+
+def scatter(cache: Cache | None, config: PreTrainedConfig) -> Cache | None:
+    """A cache of `ScatteredLayer`s that begins with what `cache` holds; None if a layer is not attention to all of the
+    past, whose keys and values can be written in any order."""
+    if cache is None:
+        cache = DynamicCache(config=config)
+    layers = [layer for layer in cache.layers if not isinstance(layer, LastHiddenStateLayer)]
+    if cache.offloading or not all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers):
+        return None
+    past = int(cache.get_seq_length())
+    return Cache(layers=[ScatteredLayer(layer, past) for layer in layers])
+
+
+def append(cache: Cache, scattered: Cache, length: int | None = None) -> None:
+    """Appends the keys and values of the sequence in `scattered`, or of its first `length` positions, to `cache`."""
+    for number, layer in enumerate(scattered.layers):
+        where = slice(layer.past, None if length is None else layer.past + length)
+        cache.update(layer.keys[:, :, where], layer.values[:, :, where], number)
 
 
 class GateLoopStateLayer(CacheLayerMixin):

@@ -11,6 +11,13 @@ from .configuration_gateloop import GateLoopConfig
 from .feedback import FUSIONS, linear_layers
 from .solvers import SOLVERS
 
+DECODE_MODES = {
+    "no_feedback": "the language model alone, in generation too",
+    "plain_prompt": "one plain pass over the prompt; what is generated has feedback",
+    "passes": "a fixed number of passes over the prompt",
+    "solved": "the recurrence, solved: what stepping gives, however the prompt is cut",
+}
+
 
 @strict
 class StatefulGPTConfig(PreTrainedConfig):
@@ -23,8 +30,11 @@ class StatefulGPTConfig(PreTrainedConfig):
             a token shift and no recurrence, to compare with.
 
     Training:
+        training_solver: how the passes are made, a key of `SOLVERS` in `solvers.py`: `"jacobi"`, `"cyclic"`, or
+            `"sequential"`, token by token with backpropagation through time.
         num_passes: passes over a training batch. The first is plain, each further one reads the states of the pass
             before, shifted by one. The loss is the mean over all passes.
+        num_no_grad_passes: further passes, without gradient and loss, before those.
         pass_probabilities: in place of `num_passes`, the probability of 1, 2, … passes, drawn for each batch from
             `pass_seed` and the number of batches so far: the same on every process, and after a resume.
         detach_between_passes: no gradient from a pass to the one before.
@@ -32,29 +42,36 @@ class StatefulGPTConfig(PreTrainedConfig):
         prefix_mixin: probability that a sequence starts with a stretch of plain embeddings, of uniformly random length.
         share_dropout_masks: whether all passes over a batch use the same dropout masks.
 
-    Evaluation, where the recurrence itself is solved:
-        solver: a key of `SOLVERS` in `solvers.py`.
-        prefill_passes: a fixed number of passes, or None: until max|Δh| ≤ `tolerance`.
-        tolerance: in units of the last hidden state, which a final norm keeps near 1 per element.
+    Evaluation:
+        decode_mode: what prompts and other sequences of more than one token go through, a key of `DECODE_MODES`.
+        prefill_passes: their passes in the mode `"passes"`; by default as many as in training.
+        solver: how the recurrence is solved in the mode `"solved"`, a key of `SOLVERS` in `solvers.py`.
+        num_groups: groups of positions in a pass of the cyclic solver, in evaluation and training.
+        tolerance: how much an element may differ from the solution, in units of the root mean square of its state, as
+            far as that can be estimated. In half precision at least 8 times the distance of 1 to the next number.
     """
 
     model_type = "stateful_gpt"
     sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type=GateLoopConfig.model_type)}
-    keys_to_ignore_at_inference = ["past_key_values", "pass_losses", "passes", "residual"]
+    keys_to_ignore_at_inference = ["past_key_values", "pass_losses", "passes", "residual", "states"]
 
     # Any: `__post_init__` turns a dict or None into the configuration it stands for.
     text_config: Any = None
     feedback: str | None = "gated_add"
     feedback_source: str = "hidden_state"
+    training_solver: str = "jacobi"
     num_passes: int = 2
+    num_no_grad_passes: int = 0
     pass_probabilities: list[float] | None = None
     pass_seed: int = 0
     detach_between_passes: bool = False
     feedback_noise: float = 0.0
     prefix_mixin: float = 0.0
     share_dropout_masks: bool = True
-    solver: str = "jacobi"
+    decode_mode: str = "solved"
     prefill_passes: int | None = None
+    solver: str = "cyclic"
+    num_groups: int = 8
     tolerance: float = 1e-4
 
     def __post_init__(self, **kwargs):
@@ -74,6 +91,10 @@ class StatefulGPTConfig(PreTrainedConfig):
         write_stateful_rows(self.model_type, self.text_config.model_type, fusion)
         return fields
 
+    def trained_passes(self) -> int:
+        """How many passes a training batch goes through, at most."""
+        return self.num_no_grad_passes + len(self.pass_probabilities or [None] * self.num_passes)
+
     def validate_feedback(self):
         if self.feedback is not None and self.feedback not in FUSIONS:
             raise ValueError(f"feedback {self.feedback!r} does not exist; choose from {sorted(FUSIONS)} or None.")
@@ -81,10 +102,12 @@ class StatefulGPTConfig(PreTrainedConfig):
             raise ValueError(f"feedback_source must be 'hidden_state' or 'embedding', not {self.feedback_source!r}.")
 
     def validate_passes(self):
-        for name in ("num_passes", "prefill_passes"):
+        for name in ("num_passes", "prefill_passes", "num_groups"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.num_no_grad_passes < 0:
+            raise ValueError(f"num_no_grad_passes is {self.num_no_grad_passes}; it must be at least 0.")
         probabilities = self.pass_probabilities
         if probabilities is not None and (min(probabilities, default=-1) < 0 or abs(sum(probabilities) - 1) > 1e-6):
             raise ValueError(
@@ -96,8 +119,9 @@ class StatefulGPTConfig(PreTrainedConfig):
             raise ValueError(f"prefix_mixin is a probability and cannot be {self.prefix_mixin}.")
 
     def validate_solver(self):
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver {self.solver!r} does not exist; choose from {sorted(SOLVERS)}.")
+        for name, table in (("solver", SOLVERS), ("training_solver", SOLVERS), ("decode_mode", DECODE_MODES)):
+            if getattr(self, name) not in table:
+                raise ValueError(f"{name} {getattr(self, name)!r} does not exist; choose from {sorted(table)}.")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance is {self.tolerance}; it must be at least 0.")
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -26,12 +27,12 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
-from .cache import last_hidden_state_layer, snapshot
+from .cache import append, last_hidden_state_layer, put, scatter, snapshot
 from .configuration_gateloop import GateLoopConfig
-from .configuration_stateful_gpt import StatefulGPTConfig
+from .configuration_stateful_gpt import DECODE_MODES, StatefulGPTConfig
 from .feedback import FUSIONS, FusionLinear
 from .generation_stateful_gpt import StatefulGenerationMixin
 from .hub import HubModel
@@ -44,7 +45,9 @@ from .modeling_gateloop import (
     look_up,
     register,
 )
-from .solvers import SOLVERS, Solution, State, jacobi, sequential
+from .solvers import SOLVERS, Solution, State, groups, sequential
+
+logger = logging.get_logger(__name__)
 
 RECORDED = ("output_hidden_states", "output_attentions")
 
@@ -62,9 +65,11 @@ class StatefulGPTOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class StatefulGPTCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`pass_losses`: in training, the loss of every pass, `[passes]`, whose mean is `loss`."""
+    """`pass_losses`: in training, the loss of every pass, `[passes]`, whose mean is `loss`. `states`: the last hidden
+    states `[B, T, D]` of the last pass, without gradient: a first guess for the next time (`initial_states`)."""
 
     pass_losses: torch.Tensor | None = None
+    states: torch.Tensor | None = None
     passes: int | None = None
     residual: float | None = None
 
@@ -83,10 +88,12 @@ class LanguageModelRecurrence:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
+        initial_states: torch.Tensor | None = None,
         **kwargs,
     ):
         batch, self.length, _ = embeds.shape
         self.model, self.embeds, self.cache, self.kwargs = model, embeds, cache, kwargs
+        self.guess = initial_states
         self.attention_mask = attention_mask
         self.past = cache.get_seq_length() if cache is not None else 0
         # As in transformers, positions say what is packed only where there is neither a mask nor a cache.
@@ -112,6 +119,7 @@ class LanguageModelRecurrence:
         self.previous = nn.functional.pad(self.in_force[:, :-1], (1, 0))
         self.has_previous = torch.cat([exists, self.in_force_exists[:, :-1]], dim=1) & ~self.starts
         self.running: Cache | None = None
+        self.output: dict[str, tuple[torch.Tensor, ...] | None] = {}
 
     def initial_state(self) -> State:
         if self.before is not None:
@@ -120,38 +128,102 @@ class LanguageModelRecurrence:
         return self.embeds.new_zeros(batch, width), self.real.new_zeros(batch)
 
     def step(self, position: int, state: State) -> tuple[torch.Tensor, State]:
-        if self.running is None:
-            if self.cache is None:
-                self.running = DynamicCache(config=self.model.config.text_config)
-            else:
-                self.running = self.cache if self.length == 1 else snapshot(self.cache)
+        if position == 0:
+            self.running = self.cache if self.length == 1 and self.cache is not None else self.copy_of_cache()
         here = slice(position, position + 1)
-        e, real = self.embeds[:, here], self.real[:, here]
         h, exists = state
-        inputs = self.fuse(e, h[:, None], exists[:, None] & ~self.starts[:, here])
+        inputs = self.fuse(self.embeds[:, here], h[:, None], self.has_previous[:, here])
         hidden_state = self.run(inputs, self.running, here, self.mask_at(position))[:, 0]
-        carried = e[:, 0] if self.model.config.feedback_source == "embedding" else hidden_state
-        return hidden_state, (torch.where(real, carried, h), exists | real[:, 0])
+        carried = self.embeds[:, position] if self.model.config.feedback_source == "embedding" else hidden_state
+        real = self.real[:, position]
+        return hidden_state, (torch.where(real[:, None], carried, h), exists | real)
+
+    def begin_at(self, position: int, states: torch.Tensor) -> State:
+        self.running = self.copy_of_cache()
+        append(self.running, self.scattered, position)
+        last = slice(position - 1, position)
+        return self.at(self.in_force[:, last], self.slots(states))[:, 0], self.in_force_exists[:, position - 1]
+
+    def copy_of_cache(self) -> Cache:
+        return DynamicCache(config=self.model.config.text_config) if self.cache is None else snapshot(self.cache)
 
     def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
-        if states is None and self.before is None:
-            inputs = self.embeds
-        else:
-            known = self.has_previous if states is not None else self.has_previous & (self.previous == 0)
-            inputs = self.fuse(self.embeds, self.at(self.previous, states), known)
+        inputs = self.embeds
+        if states is not None or self.guess is not None or self.before is not None:
+            inputs = self.fuse(inputs, self.at(self.previous, self.slots(states)), self.known(states))
         self.running = snapshot(self.cache) if self.cache is not None else None
         return self.run(inputs, self.running, slice(None), self.attention_mask)
+
+    def sweep_groups(self, states: torch.Tensor | None, start: int, num_groups: int) -> torch.Tensor:
+        slots, known = self.slots(states), self.known(states)
+        outputs = []
+        for group in groups(start, self.length, num_groups):
+            inputs = self.fuse(self.embeds[:, group], self.at(self.previous[:, group], slots), known[:, group])
+            for layer in self.scattered.layers:
+                layer.positions = group
+            whole = len(inputs[0]) == self.length and self.past == 0 and not self.may_be_packed
+            # The language model's own mask, where it has one, may have a faster kernel.
+            mask = self.attention_mask if whole else self.reads[:, :, group]
+            hidden_states = self.run(inputs, self.scattered, group, mask)
+            slots = put(slots, hidden_states, slice(group.start + 1, None, num_groups), dim=1)
+            outputs.append(self.output)
+        self.running = self.scattered
+        self.output = interleaved(outputs)
+        return slots[:, 1:]
+
+    @cached_property
+    def scattered(self) -> Cache | None:
+        return scatter(self.cache, self.model.config.text_config)
+
+    @cached_property
+    def has_groups(self) -> bool:
+        language_model = self.model.language_model
+        return (
+            self.scattered is not None
+            and language_model.config._attn_implementation in ("eager", "sdpa")
+            and (self.attention_mask is None or self.attention_mask.ndim == 2)
+            and not keeps_no_cache(language_model)
+        )
+
+    @cached_property
+    def reads(self) -> torch.Tensor:
+        """Which keys `[B or 1, 1, T, past + T]` each position reads: those before it, its own, and no padding."""
+        keys = torch.arange(self.past + self.length, device=self.embeds.device)
+        queries = keys[self.past :, None]
+        reads = (keys <= queries)[None]
+        if self.attention_mask is not None:
+            reads = reads & self.attention_mask.bool()[:, None]
+        elif self.may_be_packed:
+            sequence = self.starts.cumsum(1)
+            reads = reads & (sequence[:, :, None] == sequence[:, None])
+        # Padding reads itself, for a softmax over nothing is not a number.
+        reads = (reads | (keys == queries))[:, None]
+        if self.model.language_model.config._attn_implementation == "sdpa":
+            return reads
+        dtype = self.embeds.dtype
+        return torch.zeros((), dtype=dtype, device=reads.device).where(reads, torch.finfo(dtype).min)
 
     def plain(self) -> torch.Tensor:
         """The language model alone: no state, not even one from before the sequence, is fed back."""
         self.running = self.cache
         return self.run(self.embeds, self.cache, slice(None), self.attention_mask)
 
-    def at(self, slots: torch.Tensor, states: torch.Tensor | None) -> torch.Tensor:
-        """The states `[B, T, D]` of the given slots `[B, T]`: 0 is the one from before, t + 1 is `states[:, t]`."""
+    def slots(self, states: torch.Tensor | None) -> torch.Tensor:
+        """`[B, T + 1, D]`: the state from before the sequence, then the given `[B, T, D]` or the first guess."""
         if states is None:
-            states = torch.zeros_like(self.embeds)
-        states = torch.cat([self.initial_state()[0][:, None], states], dim=1)
+            states = torch.zeros_like(self.embeds) if self.guess is None else self.guess.to(self.embeds)
+        return torch.cat([self.initial_state()[0][:, None], states], dim=1)
+
+    def known(self, states: torch.Tensor | None) -> torch.Tensor:
+        """`[B, T]`: whether a position reads a state. Of the first guess, rows of zeros say nothing."""
+        if states is not None:
+            return self.has_previous
+        guessed = torch.zeros_like(self.real) if self.guess is None else (self.guess != 0).any(-1)
+        return self.has_previous & nn.functional.pad(guessed, (1, 0), value=True).gather(1, self.previous)
+
+    @staticmethod
+    def at(slots: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The states of the given slots `[B, T']`: 0 is the one from before, t + 1 that of position t."""
         return states.gather(1, slots[..., None].expand(-1, -1, states.shape[-1]))
 
     def fuse(self, e: torch.Tensor, h: torch.Tensor, has_previous: torch.Tensor) -> torch.Tensor:
@@ -160,7 +232,7 @@ class LanguageModelRecurrence:
     def run(
         self, inputs: torch.Tensor, cache: Cache | None, positions: slice, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        self.output = self.model.language_model(
+        output = self.model.language_model(
             inputs_embeds=inputs,
             attention_mask=attention_mask,
             position_ids=self.position_ids[:, positions],
@@ -168,8 +240,9 @@ class LanguageModelRecurrence:
             use_cache=cache is not None,
             **self.kwargs,
         )
+        self.output = {name: output.get(name) for name in ("hidden_states", "attentions")}
         # Spread over devices, a model's last layer may be on another one than the embedding, where its states go next.
-        return self.output.last_hidden_state.to(self.embeds.device)
+        return output.last_hidden_state.to(self.embeds.device)
 
     def mask_at(self, position: int) -> torch.Tensor | None:
         """The attention mask of one position, which sees the ones before it and itself."""
@@ -188,10 +261,37 @@ class LanguageModelRecurrence:
         """Leaves in the cache what the last run wrote, and the states `[B, T, D]` that the next step can feed back."""
         if self.cache is None:
             return
-        if self.running is not self.cache:
+        if self.running is self.scattered:
+            append(self.cache, self.scattered)
+        elif self.running is not self.cache:
             self.cache.layers = self.running.layers
         layer = last_hidden_state_layer(self.cache, self.model.config.text_config)
-        layer.write(self.at(self.in_force, states), self.in_force_exists)
+        layer.write(self.at(self.in_force, self.slots(states)), self.in_force_exists)
+
+
+def interleaved(outputs: list[dict]) -> dict:
+    """What each group of positions recorded, put together: hidden states `[B, T, D]`, attentions `[B, H, T, S]`."""
+    result = {}
+    for name, dim in (("hidden_states", 1), ("attentions", 2)):
+        layers = zip(*(output[name] for output in outputs), strict=True) if outputs[0][name] else ()
+        result[name] = tuple(interleave(parts, dim) for parts in layers) or None
+    return result
+
+
+def interleave(parts: tuple[torch.Tensor, ...], dim: int) -> torch.Tensor:
+    """The whole of which each part is every n-th piece along `dim`."""
+    longest = max(part.shape[dim] for part in parts)
+    padded = [part if part.shape[dim] == longest else pad_at_end(part, dim) for part in parts]
+    return torch.stack(padded, dim + 1).flatten(dim, dim + 1).narrow(dim, 0, sum(part.shape[dim] for part in parts))
+
+
+def pad_at_end(part: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.cat([part, part.narrow(dim, 0, 1)], dim)
+
+
+def keeps_no_cache(language_model: PreTrainedModel) -> bool:
+    """Whether keys and values are thrown away: transformers does so where activations are checkpointed."""
+    return language_model.training and getattr(language_model, "is_activation_checkpointing", False)
 
 
 class TrainingRecurrence(LanguageModelRecurrence):
@@ -208,25 +308,24 @@ class TrainingRecurrence(LanguageModelRecurrence):
         self.shares_masks = config.share_dropout_masks and has_dropout(self.model.language_model)
         self.seed: int | None = None
 
-    def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
+    def fuse(self, e: torch.Tensor, h: torch.Tensor, has_previous: torch.Tensor) -> torch.Tensor:
         config = self.model.config
-        if states is not None:
-            if config.detach_between_passes and config.feedback_source == "hidden_state":
-                states = states.detach()
-            if config.feedback_noise > 0:
-                states = states + config.feedback_noise * torch.randn_like(states)
-        return super().sweep(states)
+        if config.detach_between_passes and config.feedback_source == "hidden_state":
+            h = h.detach()
+        if config.feedback_noise > 0:
+            h = h + config.feedback_noise * torch.randn_like(h)
+        return super().fuse(e, h, has_previous)
 
-    def run(self, *args, **kwargs) -> torch.Tensor:
-        return self.run_with_shared_masks(*args, **kwargs) if self.shares_masks else super().run(*args, **kwargs)
+    def run(self, *args) -> torch.Tensor:
+        return self.run_with_shared_masks(*args) if self.shares_masks else super().run(*args)
 
     # Compiled, each pass is then a graph of its own, and draws its masks from the seed when it begins.
     @torch.compiler.disable(recursive=False)
-    def run_with_shared_masks(self, *args, **kwargs) -> torch.Tensor:
+    def run_with_shared_masks(self, inputs, cache, positions: slice, attention_mask) -> torch.Tensor:
         if self.seed is None:
             self.seed = int(torch.randint(2**62, ()))
-        with reseeded(self.seed, self.embeds.device):
-            return super().run(*args, **kwargs)
+        with reseeded(self.seed + (positions.start or 0), self.embeds.device):
+            return super().run(inputs, cache, positions, attention_mask)
 
 
 def has_dropout(language_model: PreTrainedModel) -> bool:
@@ -310,6 +409,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         use_cache: bool | None = None,
         num_passes: int | None = None,
         solver: str | None = None,
+        decode_mode: str | None = None,
+        initial_states: torch.Tensor | None = None,
         **kwargs,
     ) -> StatefulGPTOutputWithPast:
         """
@@ -322,18 +423,28 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 recurrence as in eval mode: that is how `generate()` calls it.
             num_passes: overrides the config in training and replaces the solver in evaluation: 1 is the plain
                 language model, k is k passes.
-            solver: overrides the config's.
+            solver: overrides the config's, in training `training_solver`. Fixed numbers of passes are made as in
+                training.
+            decode_mode: overrides the config's.
+            initial_states: `[B, T, D]`, the first guess of the last hidden states, which the first pass reads instead
+                of being plain; where it is zero there is none.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if num_passes is not None and num_passes < 1:
             raise ValueError(f"num_passes is {num_passes}; it must be at least 1 (1 is the plain language model).")
+        look_up(DECODE_MODES, decode_mode or self.config.decode_mode, "decode_mode")
         if inputs_embeds is None:
             inputs_embeds = embed_tokens(self.get_input_embeddings(), input_ids)
         for name in RECORDED:
             kwargs[name] = kwargs.get(name) or getattr(self.config, name, False)
         text_config = self.config.text_config
         check_inputs(text_config, inputs_embeds.shape[1], attention_mask, past_key_values)
+        if initial_states is not None and initial_states.shape != inputs_embeds.shape:
+            raise ValueError(
+                f"initial_states is {list(initial_states.shape)}; it must be {list(inputs_embeds.shape)}, a state for "
+                f"each token (zeros where there is none)."
+            )
         if self.feedback is None:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
@@ -354,36 +465,48 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=text_config)
         kind = TrainingRecurrence if training else LanguageModelRecurrence
-        recurrence = kind(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
+        recurrence = kind(self, inputs_embeds, attention_mask, position_ids, past_key_values, initial_states, **kwargs)
         if training:
-            solution = self.train_passes(recurrence, num_passes or self.draw_num_passes())
+            solution = self.train_passes(recurrence, num_passes, solver or self.config.training_solver)
             # Heads other than ours see one state for each token. A loss on any pass is on average the mean over all;
             # one on the last pass alone would leave the recurrence, which is what is decoded, far from any pass.
             last_hidden_state = any_pass(solution.pass_hidden_states)
         else:
-            solution = self.solve(recurrence, num_passes, solver or self.config.solver)
+            solution = self.solve(recurrence, num_passes, solver, decode_mode or self.config.decode_mode)
             last_hidden_state = solution.hidden_states
         recurrence.commit(inputs_embeds if self.config.feedback_source == "embedding" else solution.hidden_states)
         return StatefulGPTOutputWithPast(
             last_hidden_state=last_hidden_state,
             past_key_values=past_key_values,
-            hidden_states=recurrence.output.get("hidden_states"),
-            attentions=recurrence.output.get("attentions"),
+            **recurrence.output,
             pass_hidden_states=solution.pass_hidden_states if training else None,
             passes=None if training else solution.passes,
             residual=solution.residual,
         )
 
-    def train_passes(self, recurrence: LanguageModelRecurrence, num_passes: int) -> Solution:
-        if num_passes == 1:
+    def train_passes(self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str) -> Solution:
+        num_passes = num_passes or self.draw_num_passes()
+        num_no_grad_passes = self.config.num_no_grad_passes
+        if solver == "sequential" and keeps_no_cache(self.language_model):
+            raise ValueError(
+                "Activations are checkpointed, and transformers then keeps no keys and values; training token by token "
+                "needs them. Turn gradient checkpointing off, or choose another training_solver."
+            )
+        if solver != "sequential" and num_passes + num_no_grad_passes == 1 and recurrence.guess is None:
             return one_pass(recurrence.plain())
         if self.config.feedback_source == "embedding":
             return one_pass(recurrence.sweep(recurrence.embeds))
-        return jacobi(recurrence, num_passes)
+        return self.run_solver(recurrence, solver, num_passes, num_no_grad_passes=num_no_grad_passes)
 
-    def solve(self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str) -> Solution:
-        run_solver = look_up(SOLVERS, solver, "solver")
-        if num_passes == 1:
+    def solve(
+        self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str | None, decode_mode: str
+    ) -> Solution:
+        if num_passes is None and decode_mode != "solved":
+            single = recurrence.length == 1
+            passes = self.config.prefill_passes or self.config.trained_passes()
+            fixed = {"no_feedback": 1, "plain_prompt": None if single else 1, "passes": None if single else passes}
+            num_passes = fixed[decode_mode]
+        if num_passes == 1 and recurrence.guess is None:
             return one_pass(recurrence.plain())
         if self.config.feedback_source == "embedding" and solver != "sequential":
             # The previous tokens' embeddings are known, so one pass is exact.
@@ -391,12 +514,27 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         if recurrence.length == 1:
             return sequential(recurrence)
         if num_passes is not None:
-            return jacobi(recurrence, num_passes)
-        solution = run_solver(recurrence, self.config.prefill_passes, self.config.tolerance)
-        if solver == "sequential" and any(recurrence.kwargs[name] for name in RECORDED):
-            # The states being known, one pass over all positions records what single steps recorded one by one.
+            given = [solver, self.config.training_solver, "jacobi"]
+            return self.run_solver(recurrence, next(s for s in given if s not in (None, "sequential")), num_passes)
+        tolerance = self.config.tolerance
+        if recurrence.embeds.dtype in (torch.float16, torch.bfloat16):
+            tolerance = max(tolerance, 8 * torch.finfo(recurrence.embeds.dtype).eps)
+        solution = self.run_solver(recurrence, solver or self.config.solver, tolerance=tolerance)
+        if any(recurrence.kwargs[name] for name in RECORDED):
+            # The states being known, one pass over all positions records what was computed piece by piece.
             recurrence.sweep(solution.hidden_states)
         return solution
+
+    def run_solver(
+        self, recurrence: LanguageModelRecurrence, solver: str, passes: int | None = None, **how
+    ) -> Solution:
+        if solver == "cyclic" and not recurrence.has_groups:
+            logger.warning_once(
+                f"{type(self.language_model).__name__} cannot be run on some positions at a time here: that takes "
+                f"attention to the whole past in every layer, eager or sdpa, a 2-D mask or none, a dynamic or static "
+                f"cache, and no gradient checkpointing. The cyclic solver falls back to Jacobi."
+            )
+        return look_up(SOLVERS, solver, "solver")(recurrence, passes, num_groups=self.config.num_groups, **how)
 
     def draw_num_passes(self) -> int:
         probabilities = self.config.pass_probabilities
@@ -514,6 +652,8 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
         logits_to_keep: int | torch.Tensor = 0,
         num_passes: int | None = None,
         solver: str | None = None,
+        decode_mode: str | None = None,
+        initial_states: torch.Tensor | None = None,
         **kwargs,
     ) -> StatefulGPTCausalLMOutputWithPast:
         """`labels` `[B, T]` are the `input_ids` themselves (they are shifted here), −100 where there is no loss. The
@@ -527,6 +667,8 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
             use_cache=use_cache,
             num_passes=num_passes,
             solver=solver,
+            decode_mode=decode_mode,
+            initial_states=initial_states,
             **kwargs,
         )
         every_pass = outputs.pass_hidden_states if labels is not None else None
@@ -543,6 +685,7 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             pass_losses=torch.stack(losses).detach() if every_pass else None,
+            states=last_pass.detach(),
             passes=outputs.passes,
             residual=outputs.residual,
         )

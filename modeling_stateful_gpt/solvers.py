@@ -1,7 +1,8 @@
 """Ways to evaluate `h_t = f(fuse(e_t, h_{t-1}), history)` over a sequence.
 
-A solver sees a `Recurrence`: the equation of one batch, which can be applied to one position (`step`) or to all
-positions at once given a guess of all states (`sweep`). It knows nothing of models.
+A solver sees a `Recurrence`: the equation of one batch, which can be applied to one position (`step`), to all positions
+at once given a guess of all states (`sweep`), or to groups of positions one after the other (`sweep_groups`). It knows
+nothing of models.
 
 A new solver is one function below and one entry in `SOLVERS`.
 """
@@ -15,6 +16,9 @@ import torch
 State = tuple[torch.Tensor, torch.Tensor]
 """The states in force, `[B, D]`, and whether there is one, `[B]`."""
 
+PATIENCE = 8
+"""Where the residual has not halved in so many passes, the recurrence does not contract, and is stepped instead."""
+
 
 class Recurrence(Protocol):
     length: int
@@ -22,14 +26,37 @@ class Recurrence(Protocol):
     real: torch.Tensor
     """`[B, T]`, False where a position is padding."""
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether it can be applied to some positions only (`sweep_groups`, `begin_at`)."""
+
     def initial_state(self) -> State: ...
 
     def step(self, position: int, state: State) -> tuple[torch.Tensor, State]:
         """The hidden state `[B, D]` at `position` and the state in force after it. Positions are visited in order."""
 
+    def begin_at(self, position: int, states: torch.Tensor) -> State:
+        """After `sweep_groups`: makes ready to step from `position` on, as the states `[B, T, D]` before it are right.
+        Returns the one in force."""
+
     def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
         """The hidden states `[B, T, D]` of all positions at once, each reading the previous position's entry of
-        `states` (`[B, T, D]`; None: only states from before the sequence are known). May be called again and again."""
+        `states` (`[B, T, D]`; None: the first guess, which may be that only states from before the sequence are
+        known). May be called again and again."""
+
+    def sweep_groups(self, states: torch.Tensor | None, start: int, num_groups: int) -> torch.Tensor:
+        """`states` with those of the positions from `start` on computed anew, in `groups(start, T, num_groups)`, each
+        of which reads what the ones before it have just computed. The first call is for all positions in one group."""
+
+
+def groups(start: int, length: int, num_groups: int) -> list[slice]:
+    """The positions from `start` on, split by `position % num_groups`.
+
+    Where the groups begin does not depend on `start`: a position that moved to another group could read the same old
+    state twice, and would seem to have settled.
+    """
+    firsts = (start + (remainder - start) % num_groups for remainder in range(num_groups))
+    return [slice(first, length, num_groups) for first in firsts if first < length]
 
 
 @dataclass
@@ -39,9 +66,10 @@ class Solution:
     passes: int
     """How many times the language model went over the sequence."""
     residual: float | None = None
-    """max|Δh| over real positions between the last two passes; None where it was not asked for."""
+    """The largest change in the last pass of an element of a real position's state that is not exact yet, in units of
+    the root mean square of that state; None where it was not asked for."""
     pass_hidden_states: tuple[torch.Tensor, ...] = ()
-    """The result of every pass, where their number was fixed beforehand."""
+    """The result of every pass through which gradients flow, where their number was fixed beforehand."""
 
 
 def step(recurrence: Recurrence, position: int, state: State) -> tuple[torch.Tensor, State]:
@@ -49,47 +77,130 @@ def step(recurrence: Recurrence, position: int, state: State) -> tuple[torch.Ten
     return recurrence.step(position, state)
 
 
-def sequential(recurrence: Recurrence, passes: int | None = None, tolerance: float = 0.0) -> Solution:
-    """Steps over the whole sequence: exact, slow, and the reference for every other solver. Ignores `passes` and
-    `tolerance`."""
-    state = recurrence.initial_state()
-    hidden_states = []
-    for position in range(recurrence.length):
-        hidden_state, state = step(recurrence, position, state)
-        hidden_states.append(hidden_state)
-    return Solution(torch.stack(hidden_states, dim=1), passes=1, residual=0.0)
+def sequential(recurrence: Recurrence, passes: int | None = None, **unused) -> Solution:
+    """Steps over the whole sequence: exact, slow, and the reference for every other solver.
+
+    Backpropagation goes through time, token by token. `passes` and the other solvers' arguments are ignored.
+    """
+    states = steps_from(recurrence, 0, None)
+    return Solution(states, passes=1, residual=0.0, pass_hidden_states=(states,) if passes is not None else ())
 
 
-def jacobi(recurrence: Recurrence, passes: int | None = None, tolerance: float = 1e-4) -> Solution:
-    """Sweeps over all positions; each sweep reads the states of the one before, shifted by one.
+def steps_from(recurrence: Recurrence, position: int, states: torch.Tensor | None) -> torch.Tensor:
+    """The states `[B, T, D]`: those before `position` from `states`, the others stepped."""
+    state = recurrence.initial_state() if position == 0 else recurrence.begin_at(position, states)
+    stepped = []
+    for here in range(position, recurrence.length):
+        hidden_state, state = step(recurrence, here, state)
+        stepped.append(hidden_state)
+    steps = torch.stack(stepped, dim=1)
+    return steps if position == 0 else torch.cat([states[:, :position], steps], dim=1)
 
-    After k passes the first k positions are exact. With `passes=None` it sweeps until max|Δh| ≤ `tolerance`, at most
-    T times, by which the result is exact.
+
+def cyclic(
+    recurrence: Recurrence,
+    passes: int | None = None,
+    tolerance: float = 1e-4,
+    num_groups: int = 8,
+    num_no_grad_passes: int = 0,
+) -> Solution:
+    """Gauss–Seidel over positions split by `i mod num_groups` (arXiv 2608.18486); one group is Jacobi.
+
+    The first pass takes all positions at once, from the first guess. In each further pass the groups run in order, and
+    each reads the freshest states, keys and values of all earlier positions: those of the groups before it are of this
+    pass. So a state travels `num_groups` positions in a pass, and the first `num_groups · (k - 1)` positions are exact
+    after k passes.
+
+    With `passes=None`, it goes on until no element will change by more than `tolerance` times its state's root mean
+    square, as estimated from how fast the changes shrink. A prefix for which that is so already is not computed again.
+    Where the residual does not halve in `PATIENCE` passes, the rest is stepped.
+
+    Args:
+        passes: a fixed number of passes with gradients.
+        num_no_grad_passes: how many passes without gradients come before those.
 
     Raises:
-        ValueError: if such a search for the fixed point is exported: its length depends on the data.
+        ValueError: if a search for the fixed point is exported: its length depends on the data.
     """
-    if passes is None and torch.compiler.is_exporting():
+    if not recurrence.has_groups:
+        num_groups = 1
+    if passes is not None:
+        return fixed_passes(recurrence, passes, num_groups, num_no_grad_passes)
+    if torch.compiler.is_exporting():
         raise ValueError(
             "torch.export cannot follow a solver that stops at a tolerance, after a number of passes that depends on "
-            "the text. Set config.prefill_passes or the argument num_passes to fix it, or use solver='sequential' "
-            "(exact, for one length only)."
+            "the text. Set config.decode_mode='passes' or the argument num_passes to fix it, or use "
+            "solver='sequential' (exact, for one length only)."
         )
+    return to_tolerance(recurrence, tolerance, num_groups)
+
+
+def jacobi(recurrence: Recurrence, *args, **kwargs) -> Solution:
+    """Sweeps over all positions; each sweep reads the states of the one before, shifted by one. After k passes the
+    first k positions are exact. Arguments as in `cyclic`, of which it is the case of one group."""
+    return cyclic(recurrence, *args, **{**kwargs, "num_groups": 1})
+
+
+def fixed_passes(recurrence: Recurrence, passes: int, num_groups: int, num_no_grad_passes: int) -> Solution:
     states: torch.Tensor | None = None
     every_pass: list[torch.Tensor] = []
-    residual = None
-    done = 0
-    while done < (passes or recurrence.length):
-        done += 1
-        previous, states = states, recurrence.sweep(states)
-        if passes is not None:
+    with_gradients = torch.is_grad_enabled()
+    for number in range(num_no_grad_passes + passes):
+        with torch.set_grad_enabled(with_gradients and number >= num_no_grad_passes):
+            if num_groups == 1:
+                states = recurrence.sweep(states)
+            else:
+                states = recurrence.sweep_groups(states, 0, num_groups if number > 0 else 1)
+        if number >= num_no_grad_passes:
             every_pass.append(states)
-        elif previous is not None:
-            change = (states.detach() - previous.detach()).abs().amax(-1)
-            residual = torch.where(recurrence.real, change, 0).max().item()
-            if residual <= tolerance:
-                break
-    return Solution(states, done, residual, tuple(every_pass))
+    return Solution(states, num_no_grad_passes + passes, pass_hidden_states=tuple(every_pass))
 
 
-SOLVERS: dict[str, Callable[..., Solution]] = {"jacobi": jacobi, "sequential": sequential}
+def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int) -> Solution:
+    sweep = recurrence.sweep_groups if recurrence.has_groups else whole_sweep(recurrence)
+    states = sweep(None, 0, 1)
+    passes, settled = 1, 1
+    residuals: list[float] = []
+    while settled < recurrence.length:
+        if len(residuals) > PATIENCE and residuals[-1] > residuals[-1 - PATIENCE] / 2:
+            begin = settled if recurrence.has_groups else 0
+            return Solution(steps_from(recurrence, begin, states), passes + 1, residual=0.0)
+        # The second pass is over all positions at once, as the first: it takes less time than one in groups.
+        start, split = (settled, num_groups) if passes > 1 else (0, 1)
+        previous, states = states, sweep(states, start, split)
+        passes += 1
+        # Whatever has changed there, the positions up to where the first group comes round again were computed from
+        # settled ones.
+        settled = min((settled // split + 1) * split, recurrence.length)
+        change = relative_change(states[:, settled:], previous[:, settled:], recurrence.real[:, settled:])
+        residuals.append(change.max().item() if len(change) else 0.0)
+        unsettled = torch.nonzero(~(change <= allowed_change(tolerance, residuals)))  # What is not a number as well.
+        settled += int(unsettled[0]) if len(unsettled) else len(change)
+    return Solution(states, passes, residuals[-1] if residuals else 0.0)
+
+
+def allowed_change(tolerance: float, residuals: list[float]) -> float:
+    """The change in the last pass after which all further changes will add up to no more than `tolerance`.
+
+    Residuals that shrink by a factor ρ with each pass add up to ρ / (1 - ρ) times the last one.
+    """
+    *_, before, last = [2 * residuals[0], *residuals]
+    return tolerance * min(max(before - last, 0.0) / last, 1.0) if last > 0 else tolerance
+
+
+def whole_sweep(recurrence: Recurrence) -> Callable[[torch.Tensor | None, int, int], torch.Tensor]:
+    def sweep(states: torch.Tensor | None, start: int, num_groups: int) -> torch.Tensor:
+        return recurrence.sweep(states)
+
+    return sweep
+
+
+@torch.no_grad()
+def relative_change(states: torch.Tensor, previous: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """`[T]`: the largest change of an element at each position, in units of its state's root mean square."""
+    scale = states.square().mean(-1).sqrt().clamp(min=torch.finfo(states.dtype).tiny)
+    change = (states - previous).abs().amax(-1) / scale
+    return torch.where(real, change, 0).amax(0)
+
+
+SOLVERS: dict[str, Callable[..., Solution]] = {"cyclic": cyclic, "jacobi": jacobi, "sequential": sequential}

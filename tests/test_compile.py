@@ -294,7 +294,7 @@ def test_the_exact_evaluation_is_exported_for_one_length_and_solving_to_a_tolera
         torch.testing.assert_close(program(**other).logits, model(**other).logits, **CLOSE)
     with pytest.raises(ValueError, match=r"torch.export cannot follow a solver that stops at a tolerance.*num_passes"):
         exported(model, ids)
-    model.config.prefill_passes = 2
+    model.config.decode_mode, model.config.prefill_passes = "passes", 2
     torch.testing.assert_close(
         exported(model, ids)(input_ids=ids, use_cache=False).logits, model(ids, num_passes=2).logits, **CLOSE
     )

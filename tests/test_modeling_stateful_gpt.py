@@ -1,5 +1,6 @@
 """The invariants: what must hold for every fusion, backbone, padding side and length, in fp64 and fp32."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.functional import linear, pad
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
@@ -22,15 +24,18 @@ from transformers import (
     OPTConfig,
     Qwen3ForCausalLM,
 )
+from transformers.utils import logging
 
 from modeling_stateful_gpt import GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
-from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence
+from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence, logger
 from modeling_stateful_gpt.solvers import jacobi, sequential
 
 DTYPES = [torch.float64, torch.float32]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+solvers = st.sampled_from([{"solver": "jacobi"}] + [{"solver": "cyclic", "num_groups": n} for n in (2, 3, 8)])
+HAVE_GROUPS = [name for name in BACKBONES if name not in ("gateloop-pure", "gateloop-hybrid")]
 
 
 def padded(batch, length, pads, side):
@@ -82,10 +87,13 @@ def test_without_feedback_it_is_the_language_model_bit_for_bit(backbone, dtype, 
 @every_backbone
 @every_fusion
 @given(
-    st.integers(1, 13), st.lists(st.integers(0, 5), min_size=1, max_size=3), st.sampled_from(["left", "right", "hole"])
+    st.integers(1, 13),
+    st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    st.sampled_from(["left", "right", "hole"]),
+    solvers,
 )
-def test_padding_changes_no_real_token_and_solving_is_stepping(fusion, backbone, dtype, length, pads, side):
-    model = shared(backbone, dtype, feedback=fusion)
+def test_padding_changes_no_real_token_and_solving_is_stepping(fusion, backbone, dtype, length, pads, side, solver):
+    model = shared(backbone, dtype, feedback=fusion, **solver)
     ids, mask, real = padded(len(pads), length, pads, side)
     solved, by_steps = states(model, ids, attention_mask=mask), stepped(model, ids, attention_mask=mask)
     for row, where in enumerate(real):
@@ -97,9 +105,11 @@ def test_padding_changes_no_real_token_and_solving_is_stepping(fusion, backbone,
 @every_dtype
 @every_backbone
 @every_fusion
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.lists(st.integers(0, 4), min_size=1, max_size=2))
-def test_a_prompt_in_pieces_is_the_prompt_at_once(fusion, backbone, dtype, pieces, pads):
-    model = shared(backbone, dtype, feedback=fusion)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=4), st.lists(st.integers(0, 4), min_size=1, max_size=2), solvers
+)
+def test_a_prompt_in_pieces_is_the_prompt_at_once(fusion, backbone, dtype, pieces, pads, solver):
+    model = shared(backbone, dtype, feedback=fusion, **solver)
     ids, mask, real = padded(len(pads), sum(pieces), pads, "left")
     pieces = [pieces[0] + max(pads), *pieces[1:]]
     whole, cache, parts, end = stepped(model, ids, attention_mask=mask), None, [], 0
@@ -118,12 +128,13 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(fusion, backbone, dtype, piece
 @every_fusion
 @given(st.integers(2, 12), st.data())
 def test_no_evaluation_leaks_the_future(fusion, backbone, dtype, length, data):
-    model = shared(backbone, dtype, feedback=fusion)
+    model = shared(backbone, dtype, feedback=fusion, num_groups=3)
     changed = data.draw(st.integers(1, length - 1))
     ids = tokens(1, length)
     other = ids.clone()
     other[0, changed] = (other[0, changed] + 1) % VOCAB
-    for kwargs in ({}, {"num_passes": 1}, {"num_passes": 2}, {"num_passes": 4}):
+    passes = [{"num_passes": k, "solver": solver} for k in (1, 2, 4) for solver in ("jacobi", "cyclic")]
+    for kwargs in ({}, {"solver": "jacobi"}, *passes):
         a, b = states(model, ids, **kwargs), states(model, other, **kwargs)
         torch.testing.assert_close(a[:, :changed], b[:, :changed], **tolerance(dtype))
         assert not torch.allclose(a[:, changed], b[:, changed])
@@ -135,12 +146,12 @@ def test_no_evaluation_leaks_the_future(fusion, backbone, dtype, length, data):
 @every_backbone
 @every_fusion
 def test_packed_sequences_do_not_see_their_neighbours_state(fusion, backbone, dtype):
-    model = shared(backbone, dtype, feedback=fusion)
+    model = shared(backbone, dtype, feedback=fusion, num_groups=3)
     ids, cuts = tokens(1, 12), (0, 5, 6, 12)
     # The last sequence goes on from elsewhere: what does not follow its predecessor is another sequence, too.
     positions = torch.cat([torch.arange(b - a) + (20 if a == 6 else 0) for a, b in pairwise(cuts)])[None]
-    for evaluate in (states, stepped):
-        packed = evaluate(model, ids, position_ids=positions, use_cache=False)
+    for solver in ("jacobi", "cyclic", "sequential"):
+        packed = states(model, ids, position_ids=positions, use_cache=False, solver=solver)
         for a, b in pairwise(cuts):
             alone = stepped(model, ids[:, a:b], position_ids=positions[:, a:b])
             torch.testing.assert_close(packed[:, a:b], alone, **tolerance(dtype))
@@ -150,22 +161,23 @@ def test_packed_sequences_do_not_see_their_neighbours_state(fusion, backbone, dt
 @every_backbone
 @every_fusion
 def test_gradients_of_the_solved_recurrence_are_those_of_backpropagation_through_time(fusion, backbone, dtype):
-    model = stateful(backbone, dtype, feedback=fusion)
+    model = stateful(backbone, dtype, feedback=fusion, num_groups=3)
     ids, mask, _ = padded(2, 7, [0, 2], "left")
     labels = targets(ids, mask)
     gradients = []
-    for solver in ("jacobi", "sequential"):
+    for solver in ("sequential", "jacobi", "cyclic"):
         model.zero_grad()
         model(ids, attention_mask=mask, labels=labels, solver=solver).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-    for name, gradient in gradients[0].items():
+    for name, exact in gradients[0].items():
         if dtype == torch.float32:
             bound = {"atol": 1e-3, "rtol": 1e-2}
         elif backbone in ("llama", "qwen3"):  # their norms round to fp32 whatever the model's type
             bound = {"atol": 1e-6, "rtol": 1e-4}
         else:
             bound = {"atol": 1e-10, "rtol": 1e-8}
-        torch.testing.assert_close(gradient, gradients[1][name], **bound, msg=lambda m, n=name: f"{n}: {m}")
+        for solved in gradients[1:]:
+            torch.testing.assert_close(solved[name], exact, **bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @every_backbone
@@ -177,10 +189,148 @@ def test_the_feedback_is_felt_and_k_passes_are_exact_for_the_first_k_positions(f
         passes = states(model, ids, num_passes=k)
         torch.testing.assert_close(passes[:, :k], exact[:, :k], **tolerance(torch.float64))
         assert not torch.allclose(passes[:, k], exact[:, k], atol=1e-6)
-    solved, before = model.model(ids), states(model, ids, num_passes=8)
-    assert solved.passes == 9
-    assert solved.residual == pytest.approx((solved.last_hidden_state - before).abs().max().item())
+    solved = model.model(ids, solver="jacobi")
+    assert solved.passes == 9 and solved.residual == 0.0
     assert model(ids, num_passes=3).passes == 3
+
+
+@every_dtype
+@every_fusion
+@pytest.mark.parametrize("backbone", HAVE_GROUPS)
+def test_cyclic_passes_carry_a_state_as_far_as_there_are_groups(fusion, backbone, dtype):
+    model, ids = shared(backbone, dtype, feedback=fusion, num_groups=3), tokens(2, 11)
+    exact = stepped(model, ids)
+    for k in (1, 2, 3):
+        passes = states(model, ids, num_passes=k, solver="cyclic")
+        sure = max(1, 3 * (k - 1))
+        torch.testing.assert_close(passes[:, :sure], exact[:, :sure], **tolerance(dtype))
+        assert not torch.allclose(passes[:, sure], exact[:, sure], atol=1e-6)
+    solved = model.model(ids)
+    assert solved.passes == 2 + -(-11 // 3) and solved.residual == 0.0
+    torch.testing.assert_close(solved.last_hidden_state.detach(), exact, **tolerance(dtype))
+
+
+def cyclic_passes_written_out(model, ids, passes, num_groups):
+    """What the cyclic solver does, one position at a time: each runs over the keys and values that the positions before
+    it had when they last ran."""
+    network, e = model.model, model.get_input_embeddings()(ids)
+    length = ids.shape[1]
+    h, past = [None] * length, [[None] * length for _ in range(network.config.num_hidden_layers)]
+    for number in range(passes):
+        before = list(h)
+        groups = [range(length)] if number == 0 else [range(n, length, num_groups) for n in range(num_groups)]
+        for t in (t for group in groups for t in group):
+            inputs = (
+                e[:, t]
+                if number == 0 or t == 0
+                else network.feedback(e[:, t], h[t - 1] if num_groups > 1 else before[t - 1])
+            )
+            cache = DynamicCache()
+            for layer, kv in enumerate(past):
+                if t > 0:
+                    cache.update(torch.cat([k for k, _ in kv[:t]], 2), torch.cat([v for _, v in kv[:t]], 2), layer)
+            out = network.language_model(
+                inputs_embeds=inputs[:, None], past_key_values=cache, position_ids=torch.tensor([[t]]), use_cache=True
+            )
+            h[t] = out.last_hidden_state[:, 0]
+            for layer, kv in zip(cache.layers, past, strict=True):
+                kv[t] = layer.keys[:, :, -1:], layer.values[:, :, -1:]
+    return torch.stack(h, 1)
+
+
+@every_dtype
+@every_fusion
+@pytest.mark.parametrize("backbone", HAVE_GROUPS)
+@pytest.mark.parametrize("num_groups,passes", [(2, 3), (3, 2), (8, 3)])
+def test_cyclic_training_passes_and_their_gradients_written_out(num_groups, passes, backbone, fusion, dtype):
+    model = train(backbone, dtype, feedback=fusion, training_solver="cyclic", num_passes=passes, num_groups=num_groups)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids = tokens(2, 7)
+    target = torch.randn(2, 7, 32, dtype=dtype)
+    outputs, gradients = [], []
+    for h in (
+        model.model(ids).pass_hidden_states[-1],
+        cyclic_passes_written_out(model, ids, passes, num_groups),
+    ):
+        model.zero_grad()
+        (h * target).sum().backward()
+        outputs.append(h.detach())
+        gradients.append({name: p.grad for name, p in model.model.named_parameters() if p.grad is not None})
+    rounded = backbone in ("llama", "qwen3")  # their norms round to fp32 whatever the model's type
+    bound = {"atol": 1e-9, "rtol": 1e-9} if dtype == torch.float64 and not rounded else {"atol": 2e-3, "rtol": 2e-3}
+    torch.testing.assert_close(*outputs, **bound)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], **bound)
+
+
+@pytest.mark.parametrize("backbone", ["gateloop-pure", "gateloop-hybrid"])
+def test_recurrent_layers_are_solved_by_jacobi_and_that_is_said_once(backbone, caplog):
+    logging.enable_propagation()
+    model, ids = stateful(backbone), tokens(2, 9)
+    logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert torch.equal(states(model, ids, solver="cyclic"), states(model, ids, solver="jacobi"))
+    logging.disable_propagation()
+    assert len([r for r in caplog.records if "falls back to Jacobi" in r.message]) == 1
+
+
+@pytest.mark.parametrize("backbone,dtype", [("gateloop", torch.float64), ("llama", torch.float32)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("solver", ["jacobi", "cyclic"])
+def test_every_attention_reads_the_same(solver, attention, backbone, dtype):
+    model = stateful(backbone, dtype, num_groups=3)
+    model.set_attn_implementation(attention)
+    ids, mask, real = padded(3, 9, [0, 4, 2], "left")
+    solved = states(model, ids, attention_mask=mask, solver=solver)
+    for row, where in enumerate(real):
+        alone = stepped(model, ids[row : row + 1, where])[0]
+        torch.testing.assert_close(solved[row, where], alone, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_solved_to_its_own_rounding(dtype):
+    model, ids = stateful(dtype=dtype, tolerance=1e-4, feedback="correction"), tokens(2, 60)
+    with torch.no_grad():
+        for parameter in model.model.feedback.down.parameters():
+            parameter.mul_(0.1)  # a recurrence that contracts
+    solved = model.model(ids)
+    assert 1 < solved.passes <= 5
+    exact = stepped(copy.deepcopy(model).float(), ids)
+    errors = [(h - exact).abs().max() for h in (solved.last_hidden_state, stepped(model, ids))]
+    assert errors[0] < 2 * errors[1]
+
+
+@every_dtype
+@every_backbone
+@pytest.mark.parametrize("solver", ["jacobi", "cyclic", "sequential"])
+def test_a_first_guess_of_the_states_may_be_given(solver, backbone, dtype):
+    model, ids = shared(backbone, dtype, feedback="glu", num_groups=3), tokens(2, 11)
+    exact = stepped(model, ids)
+    random = torch.randn_like(exact)
+    partly = exact * (torch.arange(11) < 6)[:, None]
+    for guess in (exact, random, partly, torch.zeros_like(exact)):
+        out = model.model(ids, initial_states=guess, solver=solver)
+        torch.testing.assert_close(out.last_hidden_state.detach(), exact, **tolerance(dtype))
+    if solver != "sequential":
+        passes = lambda k, guess: states(model, ids, num_passes=k, solver=solver, initial_states=guess)  # noqa: E731
+        torch.testing.assert_close(passes(1, exact), exact, **tolerance(dtype))
+        # Zeros are no guess; a part of the states is exact one position further.
+        assert torch.equal(passes(2, torch.zeros_like(exact)), states(model, ids, num_passes=2, solver=solver))
+        torch.testing.assert_close(passes(1, partly)[:, :7], exact[:, :7], **tolerance(dtype))
+        torch.testing.assert_close(passes(1, partly)[:, 7:], plain_from(model, ids, exact, 7), **tolerance(dtype))
+    with pytest.raises(ValueError, match=r"initial_states is \[2, 10, 32\]; it must be \[2, 11, 32\]"):
+        model.model(ids, initial_states=exact[:, :10])
+
+
+def plain_from(model, ids, exact, start):
+    """The states from `start` on where the inputs before it have feedback, and those after it have not."""
+    e = model.get_input_embeddings()(ids)
+    inputs = torch.cat([e[:, :1], model.model.feedback(e[:, 1:start], exact[:, : start - 1]), e[:, start:]], 1)
+    return model.model.language_model(inputs_embeds=inputs).last_hidden_state[:, start:].detach()
 
 
 @pytest.mark.parametrize("depth", range(5))
@@ -255,12 +405,39 @@ def test_the_token_shift_control_is_one_pass_and_reads_only_the_previous_token()
         torch.testing.assert_close(out.last_hidden_state[:, 0].detach(), expected[:, t])
 
 
-def test_a_fixed_number_of_prefill_passes_replaces_the_tolerance():
-    model, ids = stateful(prefill_passes=3), tokens(2, 9)
-    assert torch.equal(states(model, ids), states(model, ids, num_passes=3))
-    cache = model(ids, use_cache=True).past_key_values
-    out = model(ids[:, :1], past_key_values=cache)
-    assert out.passes == 1, "a single token is stepped"
+@pytest.mark.parametrize("given_as", ["argument", "field"])
+def test_decode_modes(given_as):
+    ids = tokens(2, 9)
+    next_token = ids[:, :1]
+    for mode, passes in (("no_feedback", 1), ("plain_prompt", 1), ("passes", 3), ("solved", None)):
+        model = stateful(prefill_passes=3, **({"decode_mode": mode} if given_as == "field" else {}))
+        argument = {"decode_mode": mode} if given_as == "argument" else {}
+        with torch.no_grad():
+            prompt = model.model(ids, use_cache=True, **argument)
+            expected = states(model, ids, num_passes=passes) if passes else stepped(model, ids)
+            torch.testing.assert_close(prompt.last_hidden_state, expected)
+            new = model.model(next_token, past_key_values=prompt.past_key_values, **argument).last_hidden_state
+        e = model.get_input_embeddings()(torch.cat([ids, next_token], 1))
+        before = prompt.last_hidden_state
+        inputs = e.clone()
+        if mode != "no_feedback":
+            inputs[:, -1] = model.model.feedback(e[:, -1], before[:, -1])
+        if mode in ("passes", "solved"):
+            fed = before if mode == "solved" else states(model, ids, num_passes=2)
+            inputs[:, 1:-1] = model.model.feedback(e[:, 1:-1], fed[:, :-1])
+        by_hand = model.model.language_model(inputs_embeds=inputs).last_hidden_state[:, -1:].detach()
+        torch.testing.assert_close(new, by_hand)
+
+
+def test_a_prompt_goes_through_the_trained_number_of_passes_unless_told_otherwise():
+    ids = tokens(2, 9)
+    for config, passes in (
+        ({"num_passes": 2}, 2),
+        ({"num_passes": 2, "num_no_grad_passes": 1}, 3),
+        ({"pass_probabilities": [0.5, 0.3, 0.1, 0.1]}, 4),
+    ):
+        model = stateful(**config)
+        assert torch.equal(states(model, ids, decode_mode="passes"), states(model, ids, num_passes=passes))
 
 
 def test_in_training_mode_a_cache_is_decoded_with_as_in_eval_mode():
@@ -278,9 +455,12 @@ def test_recorded_states_and_attentions_are_those_of_the_solution():
     model = stateful(feedback="glu")
     model.set_attn_implementation("eager")
     ids, flags = tokens(2, 6), {"output_hidden_states": True, "output_attentions": True}
-    for solver in ("jacobi", "sequential"):
-        out = model(ids, solver=solver, **flags)
+    exact = {"solver": "jacobi"}, {"solver": "cyclic"}, {"solver": "sequential"}
+    for how in (*exact, {"num_passes": 2, "solver": "jacobi"}, {"num_passes": 2, "solver": "cyclic"}):
+        out = model(ids, **how, **flags)
         torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+        torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(2, 4, 6, dtype=torch.float64))
+        assert all((attention.triu(1) == 0).all() for attention in out.attentions)
         assert [h.shape for h in out.hidden_states] == [(2, 6, 32)] * 3
         assert [a.shape for a in out.attentions] == [(2, 4, 6, 6)] * 2
 
@@ -294,8 +474,90 @@ def test_input_embeddings_may_be_given_instead_of_tokens():
 # Training
 
 
-def train(**config):
-    return stateful(**{"num_passes": 3, **config}).train()
+def train(backbone="gateloop", dtype=torch.float64, **config):
+    return stateful(backbone, dtype, **{"num_passes": 3, **config}).train()
+
+
+@every_dtype
+@every_backbone
+def test_training_token_by_token_is_backpropagation_through_time(backbone, dtype):
+    model = train(backbone, dtype, feedback="glu", training_solver="sequential")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids = tokens(2, 7)
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert len(out.pass_losses) == 1
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    network, e = model.model, model.get_input_embeddings()(ids)
+    model.zero_grad()
+    inputs, h = [], None
+    for t in range(7):
+        inputs.append(e[:, t] if h is None else network.feedback(e[:, t], h))
+        h = network.language_model(inputs_embeds=torch.stack(inputs, 1)).last_hidden_state[:, -1]
+    hidden = network.language_model(inputs_embeds=torch.stack(inputs, 1)).last_hidden_state
+    model.loss_function(model.lm_head(hidden), ids, VOCAB).backward()
+    rounded = dtype == torch.float32 or backbone in ("llama", "qwen3")
+    bound = {"atol": 1e-4, "rtol": 1e-3} if rounded else {"atol": 1e-10, "rtol": 1e-8}
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, **bound)
+
+
+def test_token_by_token_every_position_has_a_dropout_mask_of_its_own():
+    model = train(training_solver="sequential")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    for name in ("weight", "bias"):
+        getattr(model.model.feedback.value, name).data.zero_()
+    # Without feedback and with the same token everywhere, positions differ by their masks alone.
+    (h,) = model.model(torch.zeros(1, 6, dtype=torch.long)).pass_hidden_states
+    assert all(not torch.allclose(h[:, 0], h[:, t]) for t in range(1, 6))
+
+
+def test_what_needs_the_keys_and_values_is_not_trained_with_checkpointed_activations():
+    model, ids = train(training_solver="sequential"), tokens(2, 9)
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="Turn gradient checkpointing off"):
+        model(ids, labels=ids, use_cache=False)
+    passes = {solver: model.model(ids, use_cache=False, solver=solver) for solver in ("cyclic", "jacobi")}
+    assert torch.equal(*(out.pass_hidden_states[-1] for out in passes.values())), "cyclic falls back to Jacobi"
+
+
+@pytest.mark.parametrize("solver", ["jacobi", "cyclic"])
+def test_passes_without_gradient_come_first_and_have_no_loss(solver):
+    ids = tokens(2, 9)
+    every = train(training_solver=solver, num_groups=3).model(ids).pass_hidden_states
+    model = train(training_solver=solver, num_groups=3, num_no_grad_passes=2, num_passes=1)
+    out = model(ids, labels=ids)
+    assert out.pass_losses.shape == (1,)
+    torch.testing.assert_close(out.states, every[-1].detach())
+    if solver == "jacobi":  # By hand: one pass from constants.
+        out.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        e = model.get_input_embeddings()(ids)
+        inputs = torch.cat([e[:, :1], model.model.feedback(e[:, 1:], every[-2].detach()[:, :-1])], dim=1)
+        h = model.model.language_model(inputs_embeds=inputs).last_hidden_state
+        model.loss_function(model.lm_head(h), ids, VOCAB).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad)
+
+
+def test_a_warm_start_is_one_pass_from_the_states_of_before():
+    model, ids = train(num_passes=1), tokens(2, 9)
+    first = model(ids, labels=ids)
+    assert torch.equal(first.pass_losses[0], train(num_passes=2)(ids, labels=ids).pass_losses[0]), "plain"
+    assert not first.states.requires_grad
+    second = model(ids, labels=ids, initial_states=first.states)
+    assert second.pass_losses.shape == (1,)
+    torch.testing.assert_close(second.loss.detach(), train(num_passes=2)(ids, labels=ids).pass_losses[1])
+    second.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.model.feedback.parameters())
+    third = model(ids, labels=ids, initial_states=second.states, num_passes=2)
+    every = train(num_passes=4)(ids, labels=ids)
+    torch.testing.assert_close(third.pass_losses, every.pass_losses[2:])
 
 
 def test_the_loss_is_the_mean_over_the_passes_and_each_is_reported():
@@ -450,7 +712,7 @@ def test_the_head_is_tied_whatever_the_backbone_calls_its_embedding(backbone, ti
     for m in (model, loaded):
         assert (m.lm_head.weight is m.get_input_embeddings().weight) == tied
         assert m.get_input_embeddings() is m.model.language_model.get_input_embeddings()
-    assert torch.equal(loaded(tokens(1, 5)).logits, model.eval()(tokens(1, 5)).logits)
+    assert torch.equal(loaded(tokens(1, 5), num_passes=3).logits, model.eval()(tokens(1, 5), num_passes=3).logits)
     loaded.resize_token_embeddings(VOCAB + 3)
     assert loaded.config.vocab_size == VOCAB + 3 == loaded(tokens(1, 5)).logits.shape[-1]
 
@@ -541,7 +803,11 @@ def test_a_backbone_whose_head_does_more_is_refused():
         ({"prefill_passes": 0}, "prefill_passes is 0; it must be at least 1"),
         ({"pass_probabilities": [0.5, 0.4]}, "must sum to 1"),
         ({"pass_probabilities": []}, "must sum to 1"),
-        ({"solver": "newton"}, r"'newton' does not exist; choose from \['jacobi', 'sequential'\]"),
+        ({"solver": "newton"}, r"solver 'newton' does not exist; choose from \['cyclic', 'jacobi', 'sequential'\]"),
+        ({"training_solver": "newton"}, "training_solver 'newton' does not exist"),
+        ({"decode_mode": "fast"}, "decode_mode 'fast' does not exist; choose from .*'plain_prompt', 'solved'"),
+        ({"num_groups": 0}, "num_groups is 0; it must be at least 1"),
+        ({"num_no_grad_passes": -1}, "num_no_grad_passes is -1; it must be at least 0"),
         ({"prefix_mixin": 1.5}, "prefix_mixin is a probability"),
         ({"feedback_noise": -1.0}, "standard deviation"),
         ({"tolerance": -1.0}, "must be at least 0"),
@@ -567,31 +833,34 @@ def test_bad_input_is_refused_by_name(backbone):
         model(torch.tensor([[1, VOCAB]]))
     with pytest.raises(ValueError, match="'newton' does not exist"):
         model(tokens(1, 5), solver="newton")
+    with pytest.raises(ValueError, match="decode_mode 'fast' does not exist"):
+        model(tokens(1, 5), decode_mode="fast")
     with pytest.raises(ValueError, match="has no tokens"):
         model(tokens(1, 0))
     with pytest.raises(ValueError, match="all padding"):
         model(tokens(1, 5), attention_mask=torch.zeros(1, 5, dtype=torch.long))
 
 
-def test_an_interrupted_solve_leaves_the_cache_as_it_was():
-    model, ids = stateful(), tokens(1, 8)
+@pytest.mark.parametrize("backbone,name", [("gateloop", "sweep_groups"), ("gateloop-hybrid", "sweep")])
+def test_an_interrupted_solve_leaves_the_cache_as_it_was(backbone, name):
+    model, ids = stateful(backbone, num_groups=2), tokens(1, 8)
     with torch.no_grad():
         cache = model(ids[:, :3], use_cache=True).past_key_values
         expected = stepped(model, ids)[:, 3:]
-        sweep, calls = LanguageModelRecurrence.sweep, []
+        sweep, calls = getattr(LanguageModelRecurrence, name), []
 
-        def interrupted(self, states):
+        def interrupted(self, *args):
             calls.append(1)
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return sweep(self, states)
+            return sweep(self, *args)
 
-        LanguageModelRecurrence.sweep = interrupted
+        setattr(LanguageModelRecurrence, name, interrupted)
         try:
             with pytest.raises(KeyboardInterrupt):
                 model(ids[:, 3:], past_key_values=cache)
         finally:
-            LanguageModelRecurrence.sweep = sweep
+            setattr(LanguageModelRecurrence, name, sweep)
         torch.testing.assert_close(model.model(ids[:, 3:], past_key_values=cache).last_hidden_state, expected)
 
 

@@ -16,12 +16,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, sample_blocks, token_blocks
 from datasets import Dataset
 from huggingface_hub import whoami
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig, PeftModel, get_peft_model
 from plot import draw
 from safetensors import SafetensorError
 from transformers import (
@@ -32,13 +34,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import logging
+from warm_start import StateStore, WarmStart, Windows, collate, saved_state
 
 from modeling_stateful_gpt import (
     GateLoopConfig,
@@ -55,10 +56,12 @@ logger = logging.get_logger("training")
 @dataclass(frozen=True)
 class Preset:
     """`decoder`: fields of `GateLoopConfig`, in which `layer_types` is a pattern that is repeated over the depth.
-    `stateful`: fields of `StatefulGPTConfig`; None for the decoder alone."""
+    `stateful`: fields of `StatefulGPTConfig`; None for the decoder alone. `warm_start`: whether the first pass reads
+    the states of the epoch before."""
 
     decoder: dict = field(default_factory=dict)
     stateful: dict | None = None
+    warm_start: bool = False
 
 
 PRESETS = {
@@ -71,6 +74,8 @@ PRESETS = {
     # The control: the same fusion, fed with the previous token's embedding.
     "token_shift": Preset(stateful={"feedback": "gated_add", "feedback_source": "embedding"}),
     "stateful": Preset(stateful={"feedback": "gated_add", "num_passes": 3}),
+    # For several epochs: a step is one pass. {"pass_probabilities": [0.75, 0.25]} adds a share of steps of two.
+    "warm_start": Preset(stateful={"feedback": "gated_add", "num_passes": 1}, warm_start=True),
 }
 """With the same sizes, all presets have the same number of parameters, to within rounding."""
 
@@ -93,6 +98,13 @@ class ModelArguments:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     dropout: float = 0.0
+    trainable: str = field(
+        default="everything",
+        metadata={
+            "help": "Of a model with feedback around a checkpoint: everything; fusion: the feedback alone; lora: the "
+            "feedback and, through LoRA, the language model."
+        },
+    )
     stateful_config: str = field(
         default="{}",
         metadata={"help": 'Further fields of StatefulGPTConfig as JSON, e.g. \'{"feedback": "glu"}\'.'},
@@ -117,6 +129,9 @@ class DataArguments:
         default=None, metadata={"help": "A pretrained tokenizer; by default the checkpoint's own, or bytes."}
     )
     block_size: int = field(default=256, metadata={"help": "Tokens per training example."})
+    random_offsets: bool = field(
+        default=False, metadata={"help": "Cut the text into examples elsewhere in each epoch."}
+    )
     max_eval_samples: int = field(default=64, metadata={"help": "Blocks for evaluation during training."})
 
 
@@ -141,6 +156,8 @@ class TrainArguments(TrainingArguments):
     save_steps: float = 100
     save_total_limit: int | None = 2
     prediction_loss_only: bool = True
+    # Where an example stands in the text is no argument of the model.
+    remove_unused_columns: bool = False
     push_to_hub: bool = field(default=False, metadata={"help": "Publish the finished model, as hub_upload.py does."})
     report_to: str = "none"
     dataloader_pin_memory: bool = torch.accelerator.is_available()
@@ -192,10 +209,8 @@ def stepped(model: PreTrainedModel) -> dict[str, str]:
     return {"solver": "sequential"} if model.config.model_type == StatefulGPTConfig.model_type else {}
 
 
-def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Blocks of equal length, every token of which counts."""
-    input_ids = torch.tensor([example["input_ids"] for example in examples])
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
+class WindowTrainer(WarmStart, SteppingTrainer):
+    """Cuts the text anew in each epoch."""
 
 
 @dataclass
@@ -252,6 +267,7 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
             model = continued_model(arguments, model, feedback)
     except (StrictDataclassError, ValueError) as error:
         raise RunError(str(error.__cause__ or error)) from error
+    model = choose_trainable(model, arguments.trainable)
     text_config = model.config.get_text_config()
     if len(tokenizer) > text_config.vocab_size:
         raise RunError(
@@ -264,6 +280,20 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
             f"--block_size {data_arguments.block_size} is more than the model's max_position_embeddings "
             f"({limit}); lower it."
         )
+    return model
+
+
+def choose_trainable(model: PreTrainedModel, trainable: str) -> PreTrainedModel | PeftModel:
+    if trainable not in ("everything", "fusion", "lora"):
+        raise RunError(f"--trainable {trainable} does not exist; choose from everything, fusion, lora.")
+    if trainable == "everything":
+        return model
+    if getattr(model.config, "feedback", None) is None:
+        raise RunError(f"--trainable {trainable} is for a model with feedback, and this one has none.")
+    if trainable == "lora":
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["feedback"]))
+    model.requires_grad_(False)
+    model.model.feedback.requires_grad_(True)
     return model
 
 
@@ -381,15 +411,7 @@ def matched_model(decoder: GateLoopConfig, feedback: dict | None) -> PreTrainedM
 
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The path of the last checkpoint that was written to its end, before a run was killed perhaps."""
-    return next(filter(is_complete, reversed(sort_checkpoints(str(folder)))), None)
-
-
-def is_complete(checkpoint: str) -> bool:
-    try:
-        TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))  # Trainer writes it last.
-    except (OSError, ValueError):
-        return False
-    return True
+    return next(filter(saved_state, reversed(sort_checkpoints(str(folder)))), None)
 
 
 def check_folder(folder: Path, settings: dict) -> None:
@@ -442,7 +464,7 @@ def train(
     settings = settings_of(model_arguments, data_arguments, training_arguments)
     if data_arguments.max_eval_samples < 1:
         raise RunError("--max_eval_samples must be at least 1.")
-    if (asked := training_arguments.resume_from_checkpoint) and not is_complete(asked):
+    if (asked := training_arguments.resume_from_checkpoint) and not saved_state(asked):
         raise RunError(
             f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no readable trainer_state.json); "
             f"leave it out to go on from the last complete one."
@@ -475,7 +497,9 @@ def train(
         print(f"{type(model).__name__}: {count_parameters(model):,} parameters")
 
     interrupt = SaveOnInterrupt()
-    trainer = SteppingTrainer(
+    trainer = make_trainer(
+        PRESETS[model_arguments.preset or "stateful"].warm_start,
+        data_arguments,
         model=model,
         args=training_arguments,
         train_dataset=data.train,
@@ -490,6 +514,8 @@ def train(
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except FileNotFoundError as error:
+        raise RunError(str(error)) from error
     except SafetensorError as error:
         raise RunError(
             f"{checkpoint} is damaged ({error}). Delete that folder and give the same command again: it goes on from "
@@ -499,6 +525,8 @@ def train(
         print(f"Stopped at step {trainer.state.global_step}. Run the same command again to resume.")
         return None
 
+    if isinstance(trainer.model, PeftModel):
+        trainer.model = trainer.model.merge_and_unload()
     if trainer.is_fsdp_enabled:  # Sharded checkpoints or not, the model that is left is one file.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
@@ -522,6 +550,32 @@ def train(
         if push:
             publish(folder, results, training_arguments)
     return results
+
+
+def make_trainer(warm_start: bool, data_arguments: DataArguments, **arguments) -> SteppingTrainer:
+    """Over blocks that are always the same or, where their place in the text matters, over windows of it."""
+    if not warm_start and not data_arguments.random_offsets:
+        return SteppingTrainer(**arguments)
+    training_arguments, model = arguments["args"], arguments["model"]
+    tokens = np.concatenate(arguments["train_dataset"].with_format("numpy")["input_ids"][:])
+    seed = training_arguments.data_seed if training_arguments.data_seed is not None else training_arguments.seed
+    windows = Windows(tokens, data_arguments.block_size, seed, data_arguments.random_offsets)
+    store = None
+    if warm_start:
+        try:
+            store = StateStore(
+                Path(training_arguments.output_dir, "states"), windows.num_tokens, model.config.hidden_size
+            )
+        except OSError as error:
+            raise RunError(str(error)) from error
+    trainer = WindowTrainer(**{**arguments, "train_dataset": windows}, state_store=store)
+    steps = len(trainer.get_train_dataloader()) / training_arguments.gradient_accumulation_steps
+    if warm_start and 0 < training_arguments.max_steps < 2 * steps:
+        logger.warning(
+            f"The states of an epoch are the start of the next, and {training_arguments.max_steps} steps are only "
+            f"{training_arguments.max_steps / steps:.1f} epochs. Train for several, or on less text."
+        )
+    return trainer
 
 
 def check_access(repo_id: str, token: str | None) -> None:

@@ -1,0 +1,193 @@
+"""States that are kept from one epoch to the next: each stays with its token."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_training import ROOT, losses, options, run, text_files  # noqa: F401
+from train import RunError, logger, parse, prepare_data, train
+from transformers import AutoModelForCausalLM, set_seed
+from warm_start import StateStore, Windows, collate
+
+EPOCHS = 3
+
+
+def arguments(text_files, folder, *more):  # noqa: F811
+    """A few epochs of a few steps, cut elsewhere in each."""
+    given = [a for a in options(text_files[:2], folder) if not a.startswith(("--max_steps", "--eval_steps"))]
+    training = [f"--num_train_epochs={EPOCHS}", "--random_offsets=true", "--eval_strategy=no", "--data_seed=5"]
+    return ["--preset=warm_start", *given, *training, *more]
+
+
+def states(folder, epoch):
+    numbers = np.fromfile(folder / f"states/epoch-{epoch}.bf16", dtype=np.uint16)
+    return torch.from_numpy(numbers).view(torch.bfloat16).view(-1, 32)
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 5), st.booleans())
+def test_every_epoch_visits_every_token_once(block_size, length, epoch, random_offsets):
+    if length < block_size:
+        with pytest.raises(ValueError, match="less than one window"):
+            Windows(np.arange(length), block_size)
+        return
+    windows = Windows(np.arange(length) + 100, block_size, seed=3, random_offsets=random_offsets)
+    windows.set_epoch(epoch)
+    seen = []
+    for index in range(len(windows)):
+        item = windows[index]
+        places = (item["start"] + np.arange(block_size)) % windows.num_tokens
+        assert item["input_ids"].tolist() == (places + 100).tolist() and item["epoch"] == epoch
+        seen += places.tolist()
+    assert sorted(seen) == list(range(length // block_size * block_size))
+    if not random_offsets:
+        assert windows[0]["start"] == 0
+
+
+def test_the_text_is_cut_elsewhere_in_each_epoch_and_again_the_same_after_a_resume():
+    def offsets(seed):
+        windows = Windows(np.arange(10_000), 100, seed)
+        return [windows.set_epoch(epoch) or windows.offset for epoch in range(20)]
+
+    assert offsets(0) == offsets(0) != offsets(1)
+    assert len(set(offsets(0))) == 20
+
+
+@given(st.data(), st.integers(1, 30), st.integers(1, 8))
+def test_a_store_gives_back_what_each_token_had_an_epoch_ago(data, num_tokens, length):
+    length = min(length, num_tokens)
+    with TemporaryDirectory() as folder:
+        store, reference = StateStore(folder, num_tokens, 4), {}
+        starts = st.lists(st.integers(0, num_tokens - 1), min_size=1, max_size=4, unique=True)
+        for epoch in range(3):
+            kept = {}
+            for start in data.draw(starts):
+                h = torch.randn(1, length, 4)
+                store.write(epoch, torch.tensor([start]), h.requires_grad_())
+                kept |= {(start + i) % num_tokens: h[0, i].detach().bfloat16() for i in range(length)}
+            read = data.draw(starts)
+            # Another process opens the files for itself.
+            got = StateStore(folder, num_tokens, 4).read(epoch, torch.tensor(read), length)
+            if epoch == 0:
+                assert got is None
+            for row, start in enumerate(read if epoch > 0 else []):
+                for i in range(length):
+                    expected = reference.get((start + i) % num_tokens, torch.zeros(4, dtype=torch.bfloat16))
+                    assert torch.equal(got[row, i], expected)
+            reference = kept
+
+
+def test_states_that_are_gone_or_have_no_room_are_said_to_be(tmp_path):
+    store = StateStore(tmp_path, 10, 4)
+    for epoch in range(3):
+        store.write(epoch, torch.tensor([0]), torch.ones(1, 10, 4))
+    store.forget_before(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-1.bf16", "epoch-2.bf16"]
+    with pytest.raises(FileNotFoundError, match=r"epoch-0.bf16 is missing: epoch 1 starts from"):
+        store.read(1, torch.tensor([0]), 5)
+    with pytest.raises(OSError, match=r"take twice 8000000.0 GB.*Use less text"):
+        StateStore(tmp_path, 10**12, 4000)
+
+
+def test_a_batch_reads_what_its_tokens_had_an_epoch_ago(text_files, tmp_path):  # noqa: F811
+    """With a learning rate of 0 the model stays what it was, and every epoch can be done again by hand."""
+    train(*parse(arguments(text_files, tmp_path / "run", "--learning_rate=0", "--save_strategy=no")))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").train()
+    tokens = corpus(text_files)
+    windows, before = Windows(tokens, 32, seed=5), None
+    for epoch in range(EPOCHS):
+        windows.set_epoch(epoch)
+        batch = collate([windows[i] for i in range(len(windows))])
+        places = (batch["start"][:, None] + torch.arange(32)) % windows.num_tokens
+        guess = None if before is None else before[places].float()
+        after = torch.zeros(windows.num_tokens, 32)
+        with torch.no_grad():
+            after[places] = model(batch["input_ids"], initial_states=guess).states
+        before = after.bfloat16()
+        if epoch >= EPOCHS - 2:
+            assert (states(tmp_path / "run", epoch) - before).abs().max() < 0.05
+            assert (states(tmp_path / "run", epoch) == before).float().mean() > 0.98
+        else:
+            assert not (tmp_path / f"run/states/epoch-{epoch}.bf16").exists(), "nothing needs it any more"
+
+
+def corpus(text_files):  # noqa: F811
+    _, data_arguments, _ = parse(arguments(text_files, "unused"))
+    return np.concatenate(prepare_data(data_arguments).train["input_ids"])
+
+
+def test_the_first_epoch_is_the_plain_model(text_files, tmp_path):  # noqa: F811
+    plain = ["--preset=stateful", '--stateful_config={"num_passes": 1}']
+    weights = []
+    for name, more in (("warm", []), ("plain", plain)):
+        train(*parse(arguments(text_files, tmp_path / name, *more, "--num_train_epochs=1", "--save_strategy=no")))
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_killed_and_resumed_every_state_stays_with_its_token(text_files, tmp_path):  # noqa: F811
+    mixture = '--stateful_config={"pass_probabilities": [0.75, 0.25]}'
+    more = [mixture, "--dropout=0.1", "--save_steps=7", "--save_total_limit=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run("train.py", arguments(text_files, whole, *more)).returncode == 0
+    steps = json.loads((sorted(whole.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text())["max_steps"]
+
+    command = [sys.executable, str(ROOT / "training/train.py"), *arguments(text_files, killed, *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    output = ""
+    while output.count("'loss'") < steps // 2 + 1:  # in the middle of the second epoch, and past some checkpoints
+        output += process.stdout.readline()
+        assert process.poll() is None, output
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run("train.py", arguments(text_files, killed, *more))
+    assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
+    for epoch in (EPOCHS - 2, EPOCHS - 1):
+        assert torch.equal(states(killed, epoch), states(whole, epoch))
+    expected, got = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_spread_over_two_processes_every_state_stays_with_its_token(text_files, tmp_path):  # noqa: F811
+    # Whole batches only: accelerate would fill up what is left over, and tokens be visited twice in an epoch.
+    one = run("train.py", arguments(text_files, tmp_path / "one", "--dataloader_drop_last=true"))
+    assert one.returncode == 0, one.stderr
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    launcher = [accelerate, "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
+    halves = ["--per_device_train_batch_size=4", "--dataloader_drop_last=true"]
+    two = run("train.py", arguments(text_files, tmp_path / "two", *halves), launcher)
+    assert two.returncode == 0, two.stderr
+    for epoch in (EPOCHS - 2, EPOCHS - 1):
+        a, b = states(tmp_path / "one", epoch), states(tmp_path / "two", epoch)
+        assert torch.equal((a != 0).any(1), (b != 0).any(1)), "the same tokens were visited"
+        assert (a - b).abs().max() < 0.1
+        assert (a - b.roll(1, 0)).abs().max() > 1, "those of the neighbours are others"
+
+
+def test_states_are_said_to_be_of_little_use_for_a_single_epoch(text_files, tmp_path, caplog):  # noqa: F811
+    logger.addHandler(caplog.handler)
+    train(*parse([*options(text_files, tmp_path / "run"), "--preset=warm_start", "--eval_strategy=no"]))
+    logger.removeHandler(caplog.handler)
+    assert "6 steps are only 0." in caplog.text
+
+
+def test_missing_states_are_no_traceback(text_files, tmp_path):  # noqa: F811
+    set_seed(0)
+    train(*parse(arguments(text_files, tmp_path / "run", "--save_steps=5", "--save_total_limit=5")))
+    (tmp_path / "run/results.json").unlink()
+    for path in (tmp_path / "run/states").iterdir():
+        path.unlink()
+    last = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
+    (last / "trainer_state.json").unlink()
+    with pytest.raises(RunError, match="is missing: epoch 2 starts from the states that it held"):
+        train(*parse(arguments(text_files, tmp_path / "run", "--save_steps=5", "--save_total_limit=5")))

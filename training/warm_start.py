@@ -1,0 +1,184 @@
+"""Warm-started training: every token keeps its last hidden state from one epoch to the next, as the first guess of the
+passes. A training step is then one pass, at little more than the price of a plain one, and the recurrence that the
+model is trained on grows one token deeper with every epoch. In the first, where there are no states, it is plain.
+
+`train.py --preset warm_start` uses it. For a Trainer of your own:
+
+    class WarmTrainer(WarmStart, Trainer): ...
+
+    windows = Windows(tokens, block_size=256, seed=0)
+    store = StateStore("states", num_tokens=windows.num_tokens, width=model.config.hidden_size)
+    arguments = TrainingArguments(..., remove_unused_columns=False)
+    WarmTrainer(model, arguments, data_collator=collate, train_dataset=windows, state_store=store).train()
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+
+class Windows(Dataset):
+    """A text as a circle of tokens, cut into windows of `block_size`; each epoch visits every token once.
+
+    With `random_offsets`, each epoch cuts elsewhere, at a place that follows from `seed` and the epoch. The tokens that
+    do not fill a window are left out for good.
+
+    An item is `input_ids`, the place `start` of its first token in the text, and the `epoch`.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int, seed: int = 0, random_offsets: bool = True):
+        if len(tokens) < block_size:
+            raise ValueError(f"The text has {len(tokens)} tokens, less than one window of {block_size}.")
+        self.num_tokens = len(tokens) // block_size * block_size
+        self.tokens, self.block_size = tokens[: self.num_tokens], block_size
+        self.seed, self.random_offsets = seed, random_offsets
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        random = np.random.default_rng([self.seed, epoch])
+        self.offset = int(random.integers(self.num_tokens)) if self.random_offsets else 0
+
+    def __len__(self) -> int:
+        return self.num_tokens // self.block_size
+
+    def __getitem__(self, index: int) -> dict:
+        start = (self.offset + index * self.block_size) % self.num_tokens
+        places = (start + np.arange(self.block_size)) % self.num_tokens
+        return {"input_ids": self.tokens[places], "start": start, "epoch": self.epoch}
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Blocks of equal length, every token of which counts."""
+    batch = {name: torch.tensor(np.array([example[name] for example in examples])) for name in examples[0]}
+    return {**batch, "labels": batch["input_ids"].clone()}
+
+
+class StateStore:
+    """The last hidden state of every token of a text, in bf16: a memory-mapped file for each epoch in `folder`.
+
+    An epoch reads the file of the one before and writes its own. So a run that is killed and resumed in the middle of
+    an epoch reads what it read before, and processes that share the folder never read what another is writing.
+
+    Raises:
+        OSError: if the disk has no room for the files of two epochs.
+    """
+
+    def __init__(self, folder: str | Path, num_tokens: int, width: int):
+        self.folder, self.shape = Path(folder), (num_tokens, width)
+        self.files: dict[int, torch.Tensor] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        present = sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.bf16"))
+        needed, free = 2 * self.size - present, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                f"The states of {num_tokens:,} tokens, {width} wide, take twice {self.size / 1e9:.1f} GB; there are "
+                f"{free / 1e9:.1f} GB left for {self.folder}. Use less text, a narrower model or another disk."
+            )
+
+    @property
+    def size(self) -> int:
+        """Bytes of a file."""
+        return 2 * self.shape[0] * self.shape[1]
+
+    def path(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch}.bf16"
+
+    def read(self, epoch: int, start: torch.Tensor, length: int) -> torch.Tensor | None:
+        """The states `[B, length, D]` that the `length` tokens from each place in `start` `[B]` on had in the epoch
+        before; None in the first. Zeros where a token was not visited.
+
+        Raises:
+            FileNotFoundError: if the file of the epoch before is gone.
+        """
+        if epoch == 0:
+            return None
+        if epoch - 1 not in self.files and not self.path(epoch - 1).exists():
+            raise FileNotFoundError(
+                f"{self.path(epoch - 1)} is missing: epoch {epoch} starts from the states that it held. Put it back, "
+                f"or start anew in another output folder."
+            )
+        return self.file(epoch - 1)[self.places(start, length)]
+
+    def write(self, epoch: int, start: torch.Tensor, states: torch.Tensor) -> None:
+        """Keeps the states `[B, T, D]` of the T tokens from each place in `start` `[B]` on."""
+        self.file(epoch)[self.places(start, states.shape[1])] = states.detach().to("cpu", torch.bfloat16)
+
+    def places(self, start: torch.Tensor, length: int) -> torch.Tensor:
+        return (start.cpu()[:, None] + torch.arange(length)) % self.shape[0]
+
+    def file(self, epoch: int) -> torch.Tensor:
+        """The file of an epoch as a tensor `[N, D]`; made, full of zeros, if it does not exist."""
+        if epoch not in self.files:
+            descriptor = os.open(self.path(epoch), os.O_RDWR | os.O_CREAT)
+            os.ftruncate(descriptor, self.size)  # Another process may have made it: then this changes nothing.
+            os.close(descriptor)
+            numbers = np.memmap(self.path(epoch), dtype=np.uint16, mode="r+", shape=self.shape)
+            self.files[epoch] = torch.from_numpy(numbers).view(torch.bfloat16)
+        return self.files[epoch]
+
+    def forget_before(self, epoch: int) -> None:
+        """Deletes the files of the epochs before `epoch`."""
+        self.files = {number: file for number, file in self.files.items() if number >= epoch}
+        for path in self.folder.glob("epoch-*.bf16"):
+            if int(path.stem.removeprefix("epoch-")) < epoch:
+                path.unlink(missing_ok=True)
+
+
+class WarmStart:
+    """Mixed into a Trainer: it reads a batch's states before the step and writes them after it.
+
+    Args:
+        state_store: None to only cut the text anew in each epoch, for models that read no states.
+    """
+
+    def __init__(self, *args, state_store: StateStore | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.state_store = state_store
+        self.add_callback(NextEpoch(self.train_dataset, state_store))  # type: ignore[attr-defined]
+
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, **kwargs):
+        start, epoch = inputs.pop("start", None), inputs.pop("epoch", None)
+        if start is None or self.state_store is None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
+        ids, epoch = inputs["input_ids"], int(epoch[0])
+        states = self.state_store.read(epoch, start, ids.shape[1])
+        inputs["initial_states"] = None if states is None else states.to(ids.device)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
+        self.state_store.write(epoch, start, outputs.states)
+        return (loss, outputs) if return_outputs else loss
+
+
+class NextEpoch(TrainerCallback):
+    """Cuts the text for the epoch that begins, and deletes states that no checkpoint needs any more."""
+
+    def __init__(self, windows: Windows, store: StateStore | None):
+        self.windows, self.store = windows, store
+
+    def on_epoch_begin(self, args, state: TrainerState, control, **kwargs):
+        epoch = int(state.epoch or 0)
+        self.windows.set_epoch(epoch)
+        if self.store is None:
+            return
+        processes = PartialState()
+        processes.wait_for_everyone()  # What another process has written is read from now on.
+        if processes.is_main_process:
+            # A checkpoint of epoch e needs the states of epoch e - 1.
+            epochs = [saved.epoch or 0 for saved in map(saved_state, sort_checkpoints(args.output_dir)) if saved]
+            self.store.forget_before(int(min([epoch, *epochs])) - 1)
+
+
+def saved_state(checkpoint: str) -> TrainerState | None:
+    """That of a checkpoint; None if it was not written to its end, before a run was killed perhaps."""
+    try:
+        return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))  # Trainer writes it last.
+    except (OSError, ValueError):
+        return None
