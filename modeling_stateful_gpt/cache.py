@@ -99,15 +99,16 @@ def put(whole: torch.Tensor, part: torch.Tensor, where: slice, dim: int) -> torc
     return whole
 
 
-def scatter(cache: Cache | None, config: PreTrainedConfig) -> Cache | None:
-    """A cache of `ScatteredLayer`s that begins with what `cache` holds; None if a layer is not attention to all of the
-    past, whose keys and values can be written in any order."""
-    if cache is None:
-        cache = DynamicCache(config=config)
-    layers = [layer for layer in cache.layers if not isinstance(layer, LastHiddenStateLayer)]
-    if cache.offloading or not all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers):
-        return None
+def can_scatter(cache: Cache) -> bool:
+    """Whether every layer of the language model holds the keys and values of all of the past, as plain tensors."""
+    layers = (layer for layer in cache.layers if not isinstance(layer, LastHiddenStateLayer))
+    return not cache.offloading and all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
+
+
+def scatter(cache: Cache) -> Cache:
+    """A cache of `ScatteredLayer`s that begins with what `cache` holds."""
     past = int(cache.get_seq_length())
+    layers = (layer for layer in cache.layers if not isinstance(layer, LastHiddenStateLayer))
     return Cache(layers=[ScatteredLayer(layer, past) for layer in layers])
 
 

@@ -9,7 +9,6 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
-from .cache import append, last_hidden_state_layer, put, scatter, snapshot
+from .cache import append, can_scatter, last_hidden_state_layer, put, scatter, snapshot
 from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import DECODE_MODES, StatefulGPTConfig
 from .feedback import FUSIONS, FusionLinear
@@ -119,6 +118,7 @@ class LanguageModelRecurrence:
         self.previous = nn.functional.pad(self.in_force[:, :-1], (1, 0))
         self.has_previous = torch.cat([exists, self.in_force_exists[:, :-1]], dim=1) & ~self.starts
         self.running: Cache | None = None
+        self.scattered: Cache | None = None
         self.output: dict[str, tuple[torch.Tensor, ...] | None] = {}
 
     def initial_state(self) -> State:
@@ -129,7 +129,7 @@ class LanguageModelRecurrence:
 
     def step(self, position: int, state: State) -> tuple[torch.Tensor, State]:
         if position == 0:
-            self.running = self.cache if self.length == 1 and self.cache is not None else self.copy_of_cache()
+            self.running = self.own_cache() if self.length == 1 else snapshot(self.own_cache())
         here = slice(position, position + 1)
         h, exists = state
         inputs = self.fuse(self.embeds[:, here], h[:, None], self.has_previous[:, here])
@@ -139,13 +139,10 @@ class LanguageModelRecurrence:
         return hidden_state, (torch.where(real[:, None], carried, h), exists | real)
 
     def begin_at(self, position: int, states: torch.Tensor) -> State:
-        self.running = self.copy_of_cache()
+        self.running = snapshot(self.own_cache())
         append(self.running, self.scattered, position)
         last = slice(position - 1, position)
         return self.at(self.in_force[:, last], self.slots(states))[:, 0], self.in_force_exists[:, position - 1]
-
-    def copy_of_cache(self) -> Cache:
-        return DynamicCache(config=self.model.config.text_config) if self.cache is None else snapshot(self.cache)
 
     def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
         inputs = self.embeds
@@ -155,6 +152,8 @@ class LanguageModelRecurrence:
         return self.run(inputs, self.running, slice(None), self.attention_mask)
 
     def sweep_groups(self, states: torch.Tensor | None, start: int, num_groups: int) -> torch.Tensor:
+        if self.scattered is None:
+            self.scattered, self.mask = scatter(self.own_cache()), self.reads()
         slots, known = self.slots(states), self.known(states)
         outputs = []
         for group in groups(start, self.length, num_groups):
@@ -163,7 +162,7 @@ class LanguageModelRecurrence:
                 layer.positions = group
             whole = len(inputs[0]) == self.length and self.past == 0 and not self.may_be_packed
             # The language model's own mask, where it has one, may have a faster kernel.
-            mask = self.attention_mask if whole else self.reads[:, :, group]
+            mask = self.attention_mask if whole else self.mask[:, :, group]
             hidden_states = self.run(inputs, self.scattered, group, mask)
             slots = put(slots, hidden_states, slice(group.start + 1, None, num_groups), dim=1)
             outputs.append(self.output)
@@ -171,21 +170,19 @@ class LanguageModelRecurrence:
         self.output = interleaved(outputs)
         return slots[:, 1:]
 
-    @cached_property
-    def scattered(self) -> Cache | None:
-        return scatter(self.cache, self.model.config.text_config)
-
-    @cached_property
+    @property
     def has_groups(self) -> bool:
         language_model = self.model.language_model
         return (
-            self.scattered is not None
-            and language_model.config._attn_implementation in ("eager", "sdpa")
+            language_model.config._attn_implementation in ("eager", "sdpa")
             and (self.attention_mask is None or self.attention_mask.ndim == 2)
             and not keeps_no_cache(language_model)
+            and can_scatter(self.own_cache())
         )
 
-    @cached_property
+    def own_cache(self) -> Cache:
+        return DynamicCache(config=self.model.config.text_config) if self.cache is None else self.cache
+
     def reads(self) -> torch.Tensor:
         """Which keys `[B or 1, 1, T, past + T]` each position reads: those before it, its own, and no padding."""
         keys = torch.arange(self.past + self.length, device=self.embeds.device)
@@ -261,7 +258,7 @@ class LanguageModelRecurrence:
         """Leaves in the cache what the last run wrote, and the states `[B, T, D]` that the next step can feed back."""
         if self.cache is None:
             return
-        if self.running is self.scattered:
+        if self.scattered is not None and self.running is self.scattered:
             append(self.cache, self.scattered)
         elif self.running is not self.cache:
             self.cache.layers = self.running.layers

@@ -122,7 +122,7 @@ def cyclic(
     Raises:
         ValueError: if a search for the fixed point is exported: its length depends on the data.
     """
-    if not recurrence.has_groups:
+    if num_groups > 1 and not recurrence.has_groups:
         num_groups = 1
     if passes is not None:
         return fixed_passes(recurrence, passes, num_groups, num_no_grad_passes)

@@ -46,10 +46,13 @@ STEPS = {
     "stateful, own dropout masks": around("dropout", share_dropout_masks=False),
     "stateful, noise and plain prefixes": around("gateloop", feedback_noise=0.1, prefix_mixin=0.5, num_passes=3),
     "stateful, passes apart": around("gpt", detach_between_passes=True),
+    "stateful, cyclic": around("gpt", training_solver="cyclic", num_passes=3, num_groups=2),
+    "stateful, the first passes without gradient": around("gpt", num_no_grad_passes=2, num_passes=1),
     "stateful token shift": around("gpt", feedback_source="embedding"),
     "stateful around gpt2": around("gpt2"),
     "stateful around hybrid": around("hybrid"),
     "stateful around llama": around("llama"),
+    "stateful around llama, cyclic": around("llama", training_solver="cyclic", num_groups=3),
 }
 
 
