@@ -1,4 +1,4 @@
-"""What the feedback costs: training steps of K passes and decoded tokens, as ratios to the plain model.
+"""What the feedback costs: training steps of every kind and decoded tokens, as ratios to the plain model.
 
     python training/benchmark.py
 
@@ -11,9 +11,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 
 import torch
 from tqdm.auto import tqdm
+from warm_start import StateStore
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
 
@@ -40,28 +42,58 @@ def paired_ratio(measured: Callable[[], object], reference: Callable[[], object]
     }
 
 
-def model(feedback: str | None, **decoder) -> StatefulGPTForCausalLM:
+MODES = {
+    "1 pass, plain": {"num_passes": 1},
+    "2 passes": {"num_passes": 2},
+    "3 passes": {"num_passes": 3},
+    "3 passes, gradient through none": {"num_passes": 3, "detach_between_passes": True},
+    "3 passes, gradient through the last": {"num_no_grad_passes": 2, "num_passes": 1},
+    "2 cyclic passes": {"training_solver": "cyclic", "num_passes": 2},
+    "3 cyclic passes": {"training_solver": "cyclic", "num_passes": 3},
+    "3 cyclic passes, gradient through the last": {
+        "training_solver": "cyclic",
+        "num_no_grad_passes": 2,
+        "num_passes": 1,
+    },
+    "warm start": {"num_passes": 1},
+    "warm start, 2 passes": {"num_passes": 2},
+    "token by token": {"training_solver": "sequential"},
+}
+"""Fields of `StatefulGPTConfig` for each way to train."""
+
+
+def model(feedback: str | None, decoder: dict, **config) -> StatefulGPTForCausalLM:
     torch.manual_seed(0)
-    return StatefulGPTForCausalLM(StatefulGPTConfig(text_config=GateLoopConfig(**decoder), feedback=feedback))
+    return StatefulGPTForCausalLM(StatefulGPTConfig(text_config=GateLoopConfig(**decoder), feedback=feedback, **config))
 
 
-def training_steps(feedback: str, passes: int, pairs: int) -> dict:
-    """A step (forward, backward, AdamW) of K passes against a plain one: width 256, 4 layers, T = 256, batch 8."""
+def training_steps(feedback: str, mode: str, pairs: int) -> dict:
+    """A step (forward, backward, AdamW) against a plain one: width 256, 4 layers, T = 256, batch 8. That of a warm start
+    reads its states from a file and writes them to another, of 8 MB each."""
     ids = torch.randint(0, 256, (8, 256))
+    start = torch.arange(8) * 1000
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4}
     steps = []
-    for kind in (feedback, None):
-        network = model(kind, hidden_size=256, num_hidden_layers=4).train()
-        optimizer = torch.optim.AdamW(network.parameters())
+    with TemporaryDirectory() as folder:
+        for kind, config in ((feedback, MODES[mode]), (None, {})):
+            network = model(kind, sizes, **config).train()
+            optimizer = torch.optim.AdamW(network.parameters())
+            store = StateStore(folder, num_tokens=16384, width=256) if kind and mode.startswith("warm") else None
+            if store is not None:
+                store.write(0, start, torch.randn(8, 256, 256))
 
-        def step(network=network, optimizer=optimizer) -> None:
-            optimizer.zero_grad()
-            network(ids, labels=ids, use_cache=False, num_passes=passes).loss.backward()
-            optimizer.step()
+            def step(network=network, optimizer=optimizer, store=store) -> None:
+                optimizer.zero_grad()
+                states = None if store is None else store.read(1, start, 256).float()
+                outputs = network(ids, labels=ids, use_cache=False, initial_states=states)
+                outputs.loss.backward()
+                optimizer.step()
+                if store is not None:
+                    store.write(1, start, outputs.states)
 
-        steps.append(step)
-    measured, reference = steps
-    result = paired_ratio(measured, reference, pairs, f"training step, {feedback}, {passes} passes")
-    return {**result, "per_pass": round(result["ratio"] / passes, 3)}
+            steps.append(step)
+        measured, reference = steps
+        return paired_ratio(measured, reference, pairs, f"training step, {feedback}, {mode}")
 
 
 def decoding(feedback: str, tokens: int, pairs: int) -> dict:
@@ -69,7 +101,7 @@ def decoding(feedback: str, tokens: int, pairs: int) -> dict:
     prompt = torch.zeros(1, 1, dtype=torch.long)
     runs = []
     for kind in (feedback, None):
-        network = model(kind, hidden_size=512, num_hidden_layers=6, num_attention_heads=8).eval()
+        network = model(kind, {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}).eval()
 
         def run(network=network) -> None:
             network.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
@@ -82,13 +114,13 @@ def decoding(feedback: str, tokens: int, pairs: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--passes", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--feedback", nargs="+", default=["gated_add", "glu", "correction"])
     arguments = parser.parse_args()
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}))
     for feedback in arguments.feedback:
-        for passes in arguments.passes:
-            print(json.dumps(training_steps(feedback, passes, arguments.pairs)), flush=True)
+        for mode in arguments.modes:
+            print(json.dumps(training_steps(feedback, mode, arguments.pairs)), flush=True)
         print(json.dumps(decoding(feedback, 64, arguments.pairs)), flush=True)
 
 
