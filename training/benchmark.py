@@ -42,7 +42,7 @@ def paired_ratio(measured: Callable[[], object], reference: Callable[[], object]
     }
 
 
-MODES = {
+MODES: dict[str, dict] = {
     "1 pass, plain": {"num_passes": 1},
     "2 passes": {"num_passes": 2},
     "3 passes": {"num_passes": 3},
@@ -68,15 +68,15 @@ def model(feedback: str | None, decoder: dict, **config) -> StatefulGPTForCausal
 
 
 def training_steps(feedback: str, mode: str, pairs: int) -> dict:
-    """A step (forward, backward, AdamW) against a plain one: width 256, 4 layers, T = 256, batch 8. That of a warm start
-    reads its states from a file and writes them to another, of 8 MB each."""
+    """A step (forward, backward, AdamW) against a plain one: width 256, 4 layers, T = 256, batch 8. That of a warm
+    start reads its states from a file and writes them to another, of 8 MB each."""
     ids = torch.randint(0, 256, (8, 256))
     start = torch.arange(8) * 1000
     sizes = {"hidden_size": 256, "num_hidden_layers": 4}
     steps = []
     with TemporaryDirectory() as folder:
-        for kind, config in ((feedback, MODES[mode]), (None, {})):
-            network = model(kind, sizes, **config).train()
+        for kind in (feedback, None):
+            network = model(kind, sizes, **MODES[mode]).train()
             optimizer = torch.optim.AdamW(network.parameters())
             store = StateStore(folder, num_tokens=16384, width=256) if kind and mode.startswith("warm") else None
             if store is not None:
