@@ -22,6 +22,8 @@ from rich.table import Table
 from train import PRESETS, RunError, TrainingData, load_model, parse, prepare_data, run_command, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
+from modeling_stateful_gpt import StatefulGPTForCausalLM
+
 # Wide enough for the table where the output is not a terminal.
 console = Console(width=None if sys.stdout.isatty() else 110)
 
@@ -77,9 +79,9 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
 
 def final_evaluation(run: Path, data: TrainingData, block_size: int, max_blocks: int) -> dict[str, float]:
     """Bits per byte at one pass, at the trained passes, and stepped exactly."""
-    config = json.loads((run / "config.json").read_text())
-    trained = len(config.get("pass_probabilities") or []) or config.get("num_passes", 1)
-    model, passes = load_model(str(run)), sorted({1, trained})
+    model = load_model(str(run))
+    trained = model.config.trained_passes() if isinstance(model, StatefulGPTForCausalLM) else 1
+    passes = sorted({1, trained})
     results = evaluate(model, data.tokenizer, data.validation_documents, passes, block_size, max_blocks=max_blocks)
     exact = results["exact"]
     return {

@@ -1,10 +1,11 @@
 """Bits per byte and perplexity of a checkpoint, for 1, 2, … passes and stepped exactly.
 
-    python training/evaluate.py runs/stateful --passes 1 2 3 5 10
+    python training/evaluate.py runs/stateful --passes 1 2 3 10 30
     python training/evaluate.py runs/stateful --text_file book.txt
 
-Whether the passes approach the exact value shows whether the model that is decoded is the model that was trained. The
-numbers are also left beside the checkpoint, in evaluation.json, from where they go into its model card.
+Whether the passes approach the exact value shows whether the model that is decoded is the model that was trained. They
+are made as in training, or as `--solver` says. The numbers are also left beside the checkpoint, in evaluation.json,
+from where they go into its model card.
 """
 
 import argparse
@@ -23,11 +24,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
-def mean_nats(model: PreTrainedModel, blocks: Dataset, num_passes: int | None, batch_size: int = 64) -> float:
+def mean_nats(
+    model: PreTrainedModel,
+    blocks: Dataset,
+    num_passes: int | None,
+    batch_size: int = 64,
+    solver: str | None = None,
+) -> float:
     """The mean loss per predicted token in nats; with `num_passes=None`, of the recurrence stepped exactly. All tokens
     of a block but its first are predicted."""
     model.eval()
-    how = stepped(model) if num_passes is None else {"num_passes": num_passes}
+    how = stepped(model) if num_passes is None else {"num_passes": num_passes, "solver": solver}
     batches = blocks.with_format("torch").iter(batch_size)
     what = "stepping" if num_passes is None else f"{num_passes} pass(es)"
     total = 0.0
@@ -45,6 +52,7 @@ def evaluate(
     block_size: int = 256,
     batch_size: int = 64,
     max_blocks: int | None = None,
+    solver: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """`{"1": …, "2": …, "exact": …}`, each with `bits_per_byte` and `perplexity` (per token)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -56,7 +64,7 @@ def evaluate(
     plain = getattr(model.config, "feedback", None) is None
     results = {}
     for num_passes in [None] if plain else [*passes, None]:
-        nats = mean_nats(model, blocks, num_passes, batch_size)
+        nats = mean_nats(model, blocks, num_passes, batch_size, solver)
         results["exact" if num_passes is None else str(num_passes)] = {
             "bits_per_byte": nats / math.log(2) / width,
             "perplexity": math.exp(nats),
@@ -69,6 +77,9 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--text_file", nargs="+", help="all of it is evaluated; default: the default validation text")
     parser.add_argument("--passes", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument(
+        "--solver", choices=["jacobi", "cyclic"], help="how the passes are made; default: as in training"
+    )
     parser.add_argument("--block_size", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_blocks", type=int, help="a sample of the blocks; default: all")
@@ -90,6 +101,7 @@ def main() -> None:
         arguments.block_size,
         arguments.batch_size,
         arguments.max_blocks,
+        arguments.solver,
     )
     if Path(arguments.checkpoint).is_dir():
         text = ", ".join(Path(name).name for name in files) if files else "Validation text of the default corpus"

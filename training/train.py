@@ -39,7 +39,7 @@ from transformers import (
 )
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import logging
-from warm_start import StateStore, WarmStart, Windows, collate, saved_state
+from warm_start import StateStore, WarmStart, Windows, collate, losses_from_states, saved_state
 
 from modeling_stateful_gpt import (
     GateLoopConfig,
@@ -542,6 +542,9 @@ def train(
         "eval_blocks": len(trainer.eval_dataset),
         "log": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
     }
+    if main_process and isinstance(trainer, WindowTrainer) and trainer.state_store and trainer.state.epoch >= 1:
+        epochs = int(trainer.state.epoch)
+        results["warm_start"] = losses_from_states(model, trainer.train_dataset, trainer.state_store, epochs)
     if main_process:
         if any(entry["step"] > 0 for entry in results["log"]):
             draw({results["preset"]: [results]}, folder / "training_curve.png")

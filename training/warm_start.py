@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
@@ -155,6 +155,23 @@ class WarmStart:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
         self.state_store.write(epoch, start, outputs.states)
         return (loss, outputs) if return_outputs else loss
+
+
+@torch.no_grad()
+def losses_from_states(
+    model: PreTrainedModel, windows: Windows, store: StateStore, epochs: int, batch: int = 64
+) -> dict:
+    """Whether the model that was trained is the one that is decoded: the loss in nats of the first `batch` windows of
+    the epoch that would come next, in one pass `from_states` of the last of `epochs`, and `stepped`."""
+    windows.set_epoch(epochs)
+    inputs = collate([windows[i] for i in range(min(batch, len(windows)))])
+    states = store.read(epochs, inputs.pop("start"), windows.block_size)
+    del inputs["epoch"]
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    model.eval()
+    from_states = model(**inputs, initial_states=states.to(model.device), num_passes=1, use_cache=False)
+    stepped = model(**inputs, solver="sequential", use_cache=False)
+    return {"from_states": from_states.loss.item(), "stepped": stepped.loss.item()}
 
 
 class NextEpoch(TrainerCallback):
