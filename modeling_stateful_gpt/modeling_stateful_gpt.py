@@ -155,8 +155,8 @@ class LanguageModelRecurrence:
         if self.scattered is None:
             self.scattered, self.mask = scatter(self.own_cache()), self.reads()
         slots, known = self.slots(states), self.known(states)
-        outputs = []
-        for group in groups(start, self.length, num_groups):
+        parts, outputs = groups(start, self.length, num_groups), []
+        for group in parts:
             inputs = self.fuse(self.embeds[:, group], self.at(self.previous[:, group], slots), known[:, group])
             for layer in self.scattered.layers:
                 layer.positions = group
@@ -167,7 +167,8 @@ class LanguageModelRecurrence:
             slots = put(slots, hidden_states, slice(group.start + 1, None, num_groups), dim=1)
             outputs.append(self.output)
         self.running = self.scattered
-        self.output = interleaved(outputs)
+        positions = torch.arange(self.length, device=self.embeds.device)
+        self.output = in_order(outputs, torch.cat([positions[group] for group in parts]))
         return slots[:, 1:]
 
     @property
@@ -266,24 +267,14 @@ class LanguageModelRecurrence:
         layer.write(self.at(self.in_force, self.slots(states)), self.in_force_exists)
 
 
-def interleaved(outputs: list[dict]) -> dict:
-    """What each group of positions recorded, put together: hidden states `[B, T, D]`, attentions `[B, H, T, S]`."""
+def in_order(outputs: list[dict], positions: torch.Tensor) -> dict:
+    """What groups of positions recorded, one after the other, in the order of their positions: hidden states
+    `[B, T, D]` and attentions `[B, H, T, S]` of every layer."""
     result = {}
     for name, dim in (("hidden_states", 1), ("attentions", 2)):
         layers = zip(*(output[name] for output in outputs), strict=True) if outputs[0][name] else ()
-        result[name] = tuple(interleave(parts, dim) for parts in layers) or None
+        result[name] = tuple(torch.cat(parts, dim).index_select(dim, positions.argsort()) for parts in layers) or None
     return result
-
-
-def interleave(parts: tuple[torch.Tensor, ...], dim: int) -> torch.Tensor:
-    """The whole of which each part is every n-th piece along `dim`."""
-    longest = max(part.shape[dim] for part in parts)
-    padded = [part if part.shape[dim] == longest else pad_at_end(part, dim) for part in parts]
-    return torch.stack(padded, dim + 1).flatten(dim, dim + 1).narrow(dim, 0, sum(part.shape[dim] for part in parts))
-
-
-def pad_at_end(part: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.cat([part, part.narrow(dim, 0, 1)], dim)
 
 
 def keeps_no_cache(language_model: PreTrainedModel) -> bool:

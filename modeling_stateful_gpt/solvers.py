@@ -157,13 +157,16 @@ def fixed_passes(recurrence: Recurrence, passes: int, num_groups: int, num_no_gr
 
 
 def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int) -> Solution:
-    sweep = recurrence.sweep_groups if recurrence.has_groups else whole_sweep(recurrence)
+    def sweep(states: torch.Tensor | None, start: int, num_groups: int) -> torch.Tensor:
+        return recurrence.sweep_groups(states, start, num_groups) if has_groups else recurrence.sweep(states)
+
+    has_groups = recurrence.has_groups
     states = sweep(None, 0, 1)
     passes, settled = 1, 1
     residuals: list[float] = []
     while settled < recurrence.length:
         if len(residuals) > PATIENCE and residuals[-1] > residuals[-1 - PATIENCE] / 2:
-            begin = settled if recurrence.has_groups else 0
+            begin = settled if has_groups else 0
             return Solution(steps_from(recurrence, begin, states), passes + 1, residual=0.0)
         # The second pass is over all positions at once, as the first: it takes less time than one in groups.
         start, split = (settled, num_groups) if passes > 1 else (0, 1)
@@ -186,13 +189,6 @@ def allowed_change(tolerance: float, residuals: list[float]) -> float:
     """
     *_, before, last = [2 * residuals[0], *residuals]
     return tolerance * min(max(before - last, 0.0) / last, 1.0) if last > 0 else tolerance
-
-
-def whole_sweep(recurrence: Recurrence) -> Callable[[torch.Tensor | None, int, int], torch.Tensor]:
-    def sweep(states: torch.Tensor | None, start: int, num_groups: int) -> torch.Tensor:
-        return recurrence.sweep(states)
-
-    return sweep
 
 
 @torch.no_grad()

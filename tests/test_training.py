@@ -208,11 +208,39 @@ def test_training_goes_on_from_a_checkpoint_and_around_a_backbone(text_files, tm
         assert (config.model_type, config.get_text_config().model_type) == kinds
     for more, message in (
         (["--preset=gpt"], "has its feedback already; leave out --preset"),
+        (["--trainable=half"], "--trainable half does not exist; choose from everything, fusion, lora"),
         (["--hidden_size=64"], "--hidden_size is for a model from scratch"),
         (["--stateful_config", '{"num_passes": 7}'], "--stateful_config needs a --preset"),
     ):
         with pytest.raises(RunError, match=message):
             train(*parse([*continued(text_files, tmp_path / "x", tmp_path / "around"), *more]))
+
+
+@pytest.mark.parametrize("trainable", ["everything", "fusion", "lora"])
+def test_of_a_converted_model_the_fusion_alone_may_be_trained(trainable, text_files, tmp_path):
+    train(*parse(options(text_files, tmp_path / "plain", "--preset=gpt")))
+    more = ["--preset=stateful", f"--trainable={trainable}", '--stateful_config={"feedback": "correction"}']
+    results = train(*parse([*continued(text_files, tmp_path / "run", tmp_path / "plain"), *more]))
+    before = load_file(tmp_path / "plain/model.safetensors")
+    after = load_file(tmp_path / "run/model.safetensors")
+    assert after["model.feedback.down.weight"].abs().max() > 0
+    changed = {
+        name
+        for name in before
+        if name != "lm_head.weight"
+        and not torch.equal(before[name], after[name.replace("model.", "model.language_model.", 1)])
+    }
+    kinds = {"everything": set(before), "fusion": set(), "lora": {n for n in before if "q_proj" in n or "v_proj" in n}}
+    assert changed == kinds[trainable] - {"lm_head.weight"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.config.model_type == "stateful_gpt" and count_parameters(model) == results["parameters"]
+    assert not list((tmp_path / "run").glob("adapter_*")), "merged"
+    # Resumed from a checkpoint, it comes to the same.
+    (tmp_path / "run/results.json").unlink()
+    (tmp_path / "run/checkpoint-6/trainer_state.json").unlink()
+    train(*parse([*continued(text_files, tmp_path / "run", tmp_path / "plain"), *more]))
+    again = load_file(tmp_path / "run/model.safetensors")
+    assert all(torch.equal(after[name], again[name]) for name in after)
 
 
 def test_evaluation_is_bits_per_byte_and_passes_approach_the_exact_value(text_files, tmp_path):
@@ -267,6 +295,7 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
             message="--block_size 32 is more than the model's max_position_embeddings")  # fmt: skip
     refused(text_files, tmp_path, "--stateful_config", '{"num_passes": 0}', message="num_passes is 0")
     refused(text_files, tmp_path, "--stateful_config", '{"feedback": "concat"}', message="'concat' does not exist")
+    refused(text_files, tmp_path, "--preset=gpt", "--trainable=fusion", message="is for a model with feedback")
     refused(text_files, tmp_path, "--num_hidden_layers=0", message="num_hidden_layers is 0")
     refused(text_files, tmp_path, "--max_eval_samples=0", message="--max_eval_samples must be")
     refused(text_files, tmp_path, "--preset=gpt", "--stateful_config", '{"num_passes": 2}', message="leave it out")
