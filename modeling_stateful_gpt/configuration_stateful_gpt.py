@@ -40,7 +40,8 @@ class StatefulGPTConfig(PreTrainedConfig):
         detach_between_passes: no gradient from a pass to the one before.
         feedback_noise: standard deviation of Gaussian noise on the states that are fed back.
         prefix_mixin: probability that a sequence starts with a stretch of plain embeddings, of uniformly random length.
-        share_dropout_masks: whether all passes over a batch use the same dropout masks.
+        share_dropout_masks: whether all passes over a batch use the same dropout masks (cyclic passes from the second
+            on, as the groups draw other ones than the first pass over all positions).
 
     Evaluation:
         decode_mode: what prompts and other sequences of more than one token go through, a key of `DECODE_MODES`.
@@ -59,9 +60,9 @@ class StatefulGPTConfig(PreTrainedConfig):
     text_config: Any = None
     feedback: str | None = "gated_add"
     feedback_source: str = "hidden_state"
-    training_solver: str = "jacobi"
-    num_passes: int = 2
-    num_no_grad_passes: int = 0
+    training_solver: str = "cyclic"
+    num_passes: int = 1
+    num_no_grad_passes: int = 2
     pass_probabilities: list[float] | None = None
     pass_seed: int = 0
     detach_between_passes: bool = False

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import Cache
+from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import last_hidden_state_layer
 from .generation_gateloop import RecurrentGenerationMixin
@@ -21,6 +22,12 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache: Cache | None = model_kwargs.get("past_key_values")
+        decode_mode = model_kwargs.get("decode_mode") or self.config.decode_mode
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and decode_mode in ("passes", "plain_prompt"):
+            raise ValueError(
+                f"decode_mode={decode_mode!r} computes several tokens at once otherwise than one by one, so that "
+                f"drafts cannot be checked; use 'solved' or 'no_feedback' with assisted decoding and prompt lookup."
+            )
         if cache is not None and self.config.feedback is not None:
             # The layer must exist before assisted decoding turns past recording on, which it does for drafts above.
             layer = last_hidden_state_layer(cache, self.config.text_config)
@@ -29,6 +36,8 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs(model_kwargs)
+        if model_kwargs.get("initial_states") is not None:
+            raise ValueError("initial_states are a first guess for one forward; generate() has no use for them.")
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not mask.any():
             raise ValueError(

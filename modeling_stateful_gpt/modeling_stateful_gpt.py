@@ -44,7 +44,7 @@ from .modeling_gateloop import (
     look_up,
     register,
 )
-from .solvers import SOLVERS, Solution, State, groups, sequential
+from .solvers import SOLVERS, Solution, State, groups, relative_change, sequential
 
 logger = logging.get_logger(__name__)
 
@@ -119,6 +119,7 @@ class LanguageModelRecurrence:
         self.has_previous = torch.cat([exists, self.in_force_exists[:, :-1]], dim=1) & ~self.starts
         self.running: Cache | None = None
         self.scattered: Cache | None = None
+        self.can_be_split: bool | None = None
         self.output: dict[str, tuple[torch.Tensor, ...] | None] = {}
 
     def initial_state(self) -> State:
@@ -145,19 +146,18 @@ class LanguageModelRecurrence:
         return self.at(self.in_force[:, last], self.slots(states))[:, 0], self.in_force_exists[:, position - 1]
 
     def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
-        inputs = self.embeds
-        if states is not None or self.guess is not None or self.before is not None:
-            inputs = self.fuse(inputs, self.at(self.previous, self.slots(states)), self.known(states))
+        inputs = self.inputs(slice(None), states, self.slots(states))
         self.running = snapshot(self.cache) if self.cache is not None else None
         return self.run(inputs, self.running, slice(None), self.attention_mask)
 
     def sweep_groups(self, states: torch.Tensor | None, start: int, num_groups: int) -> torch.Tensor:
+        if not self.has_groups:
+            return self.sweep(states)
         if self.scattered is None:
             self.scattered, self.mask = scatter(self.own_cache()), self.reads()
-        slots, known = self.slots(states), self.known(states)
-        parts, outputs = groups(start, self.length, num_groups), []
+        slots, parts, outputs = self.slots(states), groups(start, self.length, num_groups), []
         for group in parts:
-            inputs = self.fuse(self.embeds[:, group], self.at(self.previous[:, group], slots), known[:, group])
+            inputs = self.inputs(group, states, slots)
             for layer in self.scattered.layers:
                 layer.positions = group
             whole = len(inputs[0]) == self.length and self.past == 0 and not self.may_be_packed
@@ -167,19 +167,26 @@ class LanguageModelRecurrence:
             slots = put(slots, hidden_states, slice(group.start + 1, None, num_groups), dim=1)
             outputs.append(self.output)
         self.running = self.scattered
-        positions = torch.arange(self.length, device=self.embeds.device)
-        self.output = in_order(outputs, torch.cat([positions[group] for group in parts]))
+        if any(self.kwargs.get(name) for name in RECORDED):
+            self.output = in_order(outputs, parts, self.length)
         return slots[:, 1:]
 
     @property
     def has_groups(self) -> bool:
-        language_model = self.model.language_model
-        return (
-            language_model.config._attn_implementation in ("eager", "sdpa")
-            and (self.attention_mask is None or self.attention_mask.ndim == 2)
-            and not keeps_no_cache(language_model)
-            and can_scatter(self.own_cache())
-        )
+        if self.can_be_split is None:
+            self.can_be_split = (
+                (self.attention_mask is None or self.attention_mask.ndim == 2)
+                and can_scatter(self.own_cache())
+                and self.model.takes_groups()
+            )
+        return self.can_be_split
+
+    def inputs(self, group: slice, states: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
+        """What the language model gets at the positions of `group`, given the states in `slots(states)`."""
+        e = self.embeds[:, group]
+        if states is None and self.guess is None and self.before is None:
+            return e
+        return self.fuse(e, self.at(self.previous[:, group], slots), self.known(states)[:, group])
 
     def own_cache(self) -> Cache:
         return DynamicCache(config=self.model.config.text_config) if self.cache is None else self.cache
@@ -267,13 +274,16 @@ class LanguageModelRecurrence:
         layer.write(self.at(self.in_force, self.slots(states)), self.in_force_exists)
 
 
-def in_order(outputs: list[dict], positions: torch.Tensor) -> dict:
+def in_order(outputs: list[dict], parts: list[slice], length: int) -> dict:
     """What groups of positions recorded, one after the other, in the order of their positions: hidden states
     `[B, T, D]` and attentions `[B, H, T, S]` of every layer."""
+    order = torch.cat([torch.arange(length)[part] for part in parts]).argsort()
     result = {}
     for name, dim in (("hidden_states", 1), ("attentions", 2)):
         layers = zip(*(output[name] for output in outputs), strict=True) if outputs[0][name] else ()
-        result[name] = tuple(torch.cat(parts, dim).index_select(dim, positions.argsort()) for parts in layers) or None
+        result[name] = (
+            tuple(torch.cat(pieces, dim).index_select(dim, order.to(pieces[0].device)) for pieces in layers) or None
+        )
     return result
 
 
@@ -296,12 +306,24 @@ class TrainingRecurrence(LanguageModelRecurrence):
         self.shares_masks = config.share_dropout_masks and has_dropout(self.model.language_model)
         self.seed: int | None = None
 
-    def fuse(self, e: torch.Tensor, h: torch.Tensor, has_previous: torch.Tensor) -> torch.Tensor:
+    def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
+        return super().sweep(self.cut(states))
+
+    def sweep_groups(self, states: torch.Tensor | None, start: int, num_groups: int) -> torch.Tensor:
+        return super().sweep_groups(self.cut(states), start, num_groups)
+
+    def cut(self, states: torch.Tensor | None) -> torch.Tensor | None:
+        """Cuts the gradients to the pass before, if they are not wanted."""
         config = self.model.config
-        if config.detach_between_passes and config.feedback_source == "hidden_state":
-            h = h.detach()
-        if config.feedback_noise > 0:
-            h = h + config.feedback_noise * torch.randn_like(h)
+        if states is None or not config.detach_between_passes or config.feedback_source == "embedding":
+            return states
+        for layer in self.scattered.layers if self.scattered is not None else []:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        return states.detach()
+
+    def fuse(self, e: torch.Tensor, h: torch.Tensor, has_previous: torch.Tensor) -> torch.Tensor:
+        if self.model.config.feedback_noise > 0:
+            h = h + self.model.config.feedback_noise * torch.randn_like(h)
         return super().fuse(e, h, has_previous)
 
     def run(self, *args) -> torch.Tensor:
@@ -383,6 +405,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         self.feedback = FUSIONS[config.feedback](config.hidden_size) if config.feedback is not None else None
         self.gradient_checkpointing = False
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
+        self.probed: dict[tuple, bool] = {}
         self.post_init()
 
     @merge_with_config_defaults
@@ -409,11 +432,10 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 reads no previous state. Packed sequences need `use_cache=False` and no mask, as in transformers.
             past_key_values: a `Cache`; the state is its last layer. With one, a model in training mode evaluates the
                 recurrence as in eval mode: that is how `generate()` calls it.
-            num_passes: overrides the config in training and replaces the solver in evaluation: 1 is the plain
-                language model, k is k passes.
-            solver: overrides the config's, in training `training_solver`. Fixed numbers of passes are made as in
-                training.
-            decode_mode: overrides the config's.
+            num_passes: that many passes instead of what the config says, all with gradients: 1 is the plain language
+                model. In evaluation as well, they are made the way training makes them, if `solver` says nothing else.
+            solver: overrides the config's, in training `training_solver`.
+            decode_mode: overrides the config's. `solver="sequential"` steps in any mode.
             initial_states: `[B, T, D]`, the first guess of the last hidden states, which the first pass reads instead
                 of being plain; where it is zero there is none.
         """
@@ -421,6 +443,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if num_passes is not None and num_passes < 1:
             raise ValueError(f"num_passes is {num_passes}; it must be at least 1 (1 is the plain language model).")
+        if num_passes is not None and solver == "sequential":
+            raise ValueError("solver='sequential' makes no passes; leave out num_passes, or choose another solver.")
         look_up(DECODE_MODES, decode_mode or self.config.decode_mode, "decode_mode")
         if inputs_embeds is None:
             inputs_embeds = embed_tokens(self.get_input_embeddings(), input_ids)
@@ -473,8 +497,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         )
 
     def train_passes(self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str) -> Solution:
+        num_no_grad_passes = self.config.num_no_grad_passes if num_passes is None else 0
         num_passes = num_passes or self.draw_num_passes()
-        num_no_grad_passes = self.config.num_no_grad_passes
         if solver == "sequential" and keeps_no_cache(self.language_model):
             raise ValueError(
                 "Activations are checkpointed, and transformers then keeps no keys and values; training token by token "
@@ -484,12 +508,15 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             return one_pass(recurrence.plain())
         if self.config.feedback_source == "embedding":
             return one_pass(recurrence.sweep(recurrence.embeds))
-        return self.run_solver(recurrence, solver, num_passes, num_no_grad_passes=num_no_grad_passes)
+        solution = self.run_solver(recurrence, solver, num_passes, num_no_grad_passes=num_no_grad_passes)
+        if solver == "sequential":
+            self.record(recurrence, solution)
+        return solution
 
     def solve(
         self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str | None, decode_mode: str
     ) -> Solution:
-        if num_passes is None and decode_mode != "solved":
+        if num_passes is None and decode_mode != "solved" and solver != "sequential":
             single = recurrence.length == 1
             passes = self.config.prefill_passes or self.config.trained_passes()
             fixed = {"no_feedback": 1, "plain_prompt": None if single else 1, "passes": None if single else passes}
@@ -508,10 +535,14 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         if recurrence.embeds.dtype in (torch.float16, torch.bfloat16):
             tolerance = max(tolerance, 8 * torch.finfo(recurrence.embeds.dtype).eps)
         solution = self.run_solver(recurrence, solver or self.config.solver, tolerance=tolerance)
-        if any(recurrence.kwargs[name] for name in RECORDED):
-            # The states being known, one pass over all positions records what was computed piece by piece.
-            recurrence.sweep(solution.hidden_states)
+        self.record(recurrence, solution)
         return solution
+
+    @staticmethod
+    def record(recurrence: LanguageModelRecurrence, solution: Solution) -> None:
+        """The states being known, one pass over all positions records what was computed piece by piece."""
+        if any(recurrence.kwargs.get(name) for name in RECORDED):
+            recurrence.sweep(solution.hidden_states)
 
     def run_solver(
         self, recurrence: LanguageModelRecurrence, solver: str, passes: int | None = None, **how
@@ -519,10 +550,44 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         if solver == "cyclic" and not recurrence.has_groups:
             logger.warning_once(
                 f"{type(self.language_model).__name__} cannot be run on some positions at a time here: that takes "
-                f"attention to the whole past in every layer, eager or sdpa, a 2-D mask or none, a dynamic or static "
-                f"cache, and no gradient checkpointing. The cyclic solver falls back to Jacobi."
+                f"attention to the whole past in every layer, eager or sdpa, without ALiBi, a 2-D mask or none, a "
+                f"dynamic or static cache, and no gradient checkpointing. The cyclic solver falls back to Jacobi."
             )
         return look_up(SOLVERS, solver, "solver")(recurrence, passes, num_groups=self.config.num_groups, **how)
+
+    def takes_groups(self) -> bool:
+        """Whether the language model can be run on some positions at a time, over keys and values written before."""
+        config = self.language_model.config
+        if config._attn_implementation not in ("eager", "sdpa") or keeps_no_cache(self.language_model):
+            return False
+        if any(getattr(config, name, None) for name in ("alibi", "window_size", "attention_chunk_size")):
+            return False
+        if not can_scatter(DynamicCache(config=config)):
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        # An attention that makes masks of its own shows here.
+        key = (config._attn_implementation, self.language_model.dtype)
+        if key not in self.probed:
+            self.probed[key] = self.probe_groups()
+        return self.probed[key]
+
+    @torch.no_grad()
+    def probe_groups(self) -> bool:
+        training = [(module, module.training) for module in self.language_model.modules()]
+        embeds = self.get_input_embeddings()(torch.arange(6, device=self.batches_seen.device)[None])
+        recurrence = LanguageModelRecurrence(self, embeds, None, None, None)
+        recurrence.has_previous, recurrence.can_be_split = torch.zeros_like(recurrence.has_previous), True
+        self.language_model.eval()
+        try:
+            whole = recurrence.sweep_groups(None, 0, 1)
+            change = relative_change(recurrence.sweep_groups(whole, 0, 3), whole, recurrence.real)
+        except (ValueError, RuntimeError, TypeError, IndexError):
+            return False
+        finally:
+            for module, mode in training:
+                module.training = mode
+        return bool(change.max() < 100 * torch.finfo(embeds.dtype).eps)
 
     def draw_num_passes(self) -> int:
         probabilities = self.config.pass_probabilities

@@ -28,7 +28,7 @@ class Recurrence(Protocol):
 
     @property
     def has_groups(self) -> bool:
-        """Whether it can be applied to some positions only (`sweep_groups`, `begin_at`)."""
+        """Whether it can be applied to some positions only (`begin_at`); if not, `sweep_groups` is a `sweep`."""
 
     def initial_state(self) -> State: ...
 
@@ -69,7 +69,7 @@ class Solution:
     """The largest change in the last pass of an element of a real position's state that is not exact yet, in units of
     the root mean square of that state; None where it was not asked for."""
     pass_hidden_states: tuple[torch.Tensor, ...] = ()
-    """The result of every pass through which gradients flow, where their number was fixed beforehand."""
+    """The result of every pass through which gradients flow, where their number was fixed beforehand; of stepping."""
 
 
 def step(recurrence: Recurrence, position: int, state: State) -> tuple[torch.Tensor, State]:
@@ -83,7 +83,7 @@ def sequential(recurrence: Recurrence, passes: int | None = None, **unused) -> S
     Backpropagation goes through time, token by token. `passes` and the other solvers' arguments are ignored.
     """
     states = steps_from(recurrence, 0, None)
-    return Solution(states, passes=1, residual=0.0, pass_hidden_states=(states,) if passes is not None else ())
+    return Solution(states, passes=1, residual=0.0, pass_hidden_states=(states,))
 
 
 def steps_from(recurrence: Recurrence, position: int, states: torch.Tensor | None) -> torch.Tensor:
@@ -129,8 +129,8 @@ def cyclic(
     if torch.compiler.is_exporting():
         raise ValueError(
             "torch.export cannot follow a solver that stops at a tolerance, after a number of passes that depends on "
-            "the text. Set config.decode_mode='passes' or the argument num_passes to fix it, or use "
-            "solver='sequential' (exact, for one length only)."
+            "the text. Fix it by num_passes, with solver='jacobi' for any length, or with 'cyclic' for one; or use "
+            "solver='sequential' (exact, for one length)."
         )
     return to_tolerance(recurrence, tolerance, num_groups)
 
@@ -157,20 +157,16 @@ def fixed_passes(recurrence: Recurrence, passes: int, num_groups: int, num_no_gr
 
 
 def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int) -> Solution:
-    def sweep(states: torch.Tensor | None, start: int, num_groups: int) -> torch.Tensor:
-        return recurrence.sweep_groups(states, start, num_groups) if has_groups else recurrence.sweep(states)
-
-    has_groups = recurrence.has_groups
-    states = sweep(None, 0, 1)
+    states = recurrence.sweep_groups(None, 0, 1)
     passes, settled = 1, 1
     residuals: list[float] = []
     while settled < recurrence.length:
         if len(residuals) > PATIENCE and residuals[-1] > residuals[-1 - PATIENCE] / 2:
-            begin = settled if has_groups else 0
+            begin = settled if recurrence.has_groups else 0
             return Solution(steps_from(recurrence, begin, states), passes + 1, residual=0.0)
         # The second pass is over all positions at once, as the first: it takes less time than one in groups.
         start, split = (settled, num_groups) if passes > 1 else (0, 1)
-        previous, states = states, sweep(states, start, split)
+        previous, states = states, recurrence.sweep_groups(states, start, split)
         passes += 1
         # Whatever has changed there, the positions up to where the first group comes round again were computed from
         # settled ones.
@@ -194,9 +190,10 @@ def allowed_change(tolerance: float, residuals: list[float]) -> float:
 @torch.no_grad()
 def relative_change(states: torch.Tensor, previous: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """`[T]`: the largest change of an element at each position, in units of its state's root mean square."""
-    scale = states.square().mean(-1).sqrt().clamp(min=torch.finfo(states.dtype).tiny)
-    change = (states - previous).abs().amax(-1) / scale
-    return torch.where(real, change, 0).amax(0)
+    wide = torch.promote_types(states.dtype, torch.float32)  # In fp16, squares overflow.
+    states, previous = states.to(wide), previous.to(wide)
+    scale = states.square().mean(-1).sqrt().clamp(min=torch.finfo(wide).tiny)
+    return torch.where(real, (states - previous).abs().amax(-1) / scale, 0).amax(0)
 
 
 SOLVERS: dict[str, Callable[..., Solution]] = {"cyclic": cyclic, "jacobi": jacobi, "sequential": sequential}

@@ -30,6 +30,7 @@ def hybrid() -> PreTrainedModel:
 
 MODELS = {
     "two passes": lambda: stateful("gateloop", torch.float32, num_passes=2),
+    "cyclic": lambda: stateful("llama", torch.float32, training_solver="cyclic", num_no_grad_passes=2, num_groups=4),
     "mixture": lambda: stateful("llama", torch.float32, feedback="glu", pass_probabilities=MIXTURE),
     "mixture around a hybrid": lambda: stateful("gateloop-hybrid", torch.float32, pass_probabilities=MIXTURE),
     "hybrid": hybrid,

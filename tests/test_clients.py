@@ -62,7 +62,7 @@ def small_config(name):
         )
     else:
         decoder = GateLoopConfig(**gateloop)
-    return StatefulGPTConfig(text_config=decoder, num_passes=3, tolerance=1e-6)
+    return StatefulGPTConfig(text_config=decoder, tolerance=1e-6)
 
 
 def small(name):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import BACKBONES, FUSIONS, LLAMA_LIKE, stateful, tokens
+from tiny import BACKBONES, FUSIONS, JACOBI, LLAMA_LIKE, stateful, tokens
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, GPT2Config, LlamaConfig
 
@@ -31,6 +31,7 @@ def decoder(**config):
 
 
 def around(name, **config):
+    config = {**JACOBI, "num_passes": 2, **config}
     return lambda: StatefulGPTForCausalLM(StatefulGPTConfig(text_config=DECODERS[name](), **config))
 
 
@@ -47,7 +48,7 @@ STEPS = {
     "stateful, noise and plain prefixes": around("gateloop", feedback_noise=0.1, prefix_mixin=0.5, num_passes=3),
     "stateful, passes apart": around("gpt", detach_between_passes=True),
     "stateful, cyclic": around("gpt", training_solver="cyclic", num_passes=3, num_groups=2),
-    "stateful, the first passes without gradient": around("gpt", num_no_grad_passes=2, num_passes=1),
+    "stateful, as by default": around("gpt", training_solver="cyclic", num_no_grad_passes=2, num_passes=1),
     "stateful token shift": around("gpt", feedback_source="embedding"),
     "stateful around gpt2": around("gpt2"),
     "stateful around hybrid": around("hybrid"),
@@ -297,6 +298,13 @@ def test_the_exact_evaluation_is_exported_for_one_length_and_solving_to_a_tolera
         torch.testing.assert_close(program(**other).logits, model(**other).logits, **CLOSE)
     with pytest.raises(ValueError, match=r"torch.export cannot follow a solver that stops at a tolerance.*num_passes"):
         exported(model, ids)
+    model = trained("stateful around llama")
+    model.config.num_groups = 2
+    cyclic = {"solver": "cyclic", "num_passes": 3}
+    with torch.no_grad():
+        program = exported(model, ids, dynamic=False, **cyclic)
+        other = {"input_ids": tokens(2, 5, seed=1), "use_cache": False, **cyclic}
+        torch.testing.assert_close(program(**other).logits, model(**other).logits, **CLOSE)
     model.config.decode_mode, model.config.prefill_passes = "passes", 2
     torch.testing.assert_close(
         exported(model, ids)(input_ids=ids, use_cache=False).logits, model(ids, num_passes=2).logits, **CLOSE

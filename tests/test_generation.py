@@ -61,6 +61,21 @@ def test_every_mode_gives_the_same_tokens_with_and_without_a_cache_and_in_pieces
     assert torch.equal(generate(model, ids, inputs_embeds=embeds, **MODES[mode])[:, -NEW:], at_once[:, -NEW:])
 
 
+@every_backbone
+def test_each_decode_mode_generates_what_it_says(backbone):
+    model, ids = shared(backbone, feedback="glu"), tokens(2, 7)
+    for mode, passes in (("plain_prompt", 1), ("passes", 2)):
+        with torch.no_grad():
+            out = model(ids, num_passes=passes, use_cache=True)
+            sequence = ids
+            for _ in range(NEW):
+                sequence = torch.cat([sequence, out.logits[:, -1:].argmax(-1)], 1)
+                out = model(sequence[:, -1:], past_key_values=out.past_key_values, use_cache=True)
+        assert torch.equal(generate(model, ids, decode_mode=mode), sequence)
+    assert torch.equal(generate(model, ids, decode_mode="no_feedback"), generate(model, ids, num_passes=1))
+    assert torch.equal(generate(model, ids, decode_mode="solved"), stepped_greedily(model, ids))
+
+
 @pytest.mark.client("transformers", "`generate()`: left-padded batches")
 @every_backbone
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
@@ -195,6 +210,11 @@ def test_what_cannot_be_done_is_refused_with_a_reason():
             attempt()
     with pytest.raises(ValueError, match=r"may become 69 tokens.*max_position_embeddings is 64.*lower max_new_tokens"):
         generate(model, ids, max_new_tokens=64)
+    for mode in ("passes", "plain_prompt"):
+        with pytest.raises(ValueError, match="drafts cannot be checked; use 'solved'"):
+            generate(model, ids, prompt_lookup_num_tokens=2, decode_mode=mode)
+    with pytest.raises(ValueError, match="initial_states are a first guess for one forward"):
+        generate(model, ids, initial_states=torch.zeros(1, 5, 32))
     with pytest.raises(ValueError, match="prompts are all padding"):
         generate(model, ids, attention_mask=torch.zeros_like(ids))
     with pytest.raises(IndexError, match="resize_token_embeddings"):

@@ -7,19 +7,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import BACKBONES, FUSIONS, LLAMA_LIKE, VOCAB, shared, stateful, text_config, tokens, tolerance
+from tiny import BACKBONES, FUSIONS, JACOBI, LLAMA_LIKE, VOCAB, shared, stateful, text_config, tokens, tolerance
 from torch.nn.functional import linear, pad
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     DynamicCache,
+    FalconConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
     GraniteConfig,
     GraniteForCausalLM,
     Lfm2Config,
     LlamaForCausalLM,
+    LlamaModel,
     MambaConfig,
+    MistralConfig,
     OpenAIGPTConfig,
     OPTConfig,
     Qwen3ForCausalLM,
@@ -278,6 +282,83 @@ def test_recurrent_layers_are_solved_by_jacobi_and_that_is_said_once(backbone, c
     assert len([r for r in caplog.records if "falls back to Jacobi" in r.message]) == 1
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+        GPTNeoConfig(
+            vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, window_size=4,
+            attention_types=[[["global", "local"], 1]], max_position_embeddings=64,
+        ),
+        MistralConfig(**LLAMA_LIKE, sliding_window=4),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+@pytest.mark.parametrize("cached", [False, True])
+def test_attention_that_cannot_be_split_is_solved_all_the_same(cached, config):
+    torch.manual_seed(0)
+    config = StatefulGPTConfig(text_config=config, tolerance=0.0, num_groups=3)
+    model, ids = StatefulGPTForCausalLM(config).eval(), tokens(2, 20)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    exact = stepped(model, ids)
+    for solver in ("jacobi", "cyclic"):
+        cache = None
+        if cached:  # one that knows nothing of windows
+            cache = DynamicCache()
+            with torch.no_grad():
+                model.model(ids[:, :7], past_key_values=cache, use_cache=True)
+        solved = states(model, ids[:, 7 if cached else 0 :], solver=solver, past_key_values=cache)
+        torch.testing.assert_close(solved, exact[:, 7 if cached else 0 :], **tolerance(torch.float32))
+
+
+def test_attention_that_turns_out_to_make_masks_of_its_own_is_solved_by_jacobi(monkeypatch):
+    model, ids = stateful("llama"), tokens(2, 9)
+    attend = LlamaModel.forward
+
+    def reads_less(self, *args, attention_mask=None, **kwargs):
+        """As if the mask of the last rows were meant, whichever positions are asked for."""
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = attention_mask.tril(attention_mask.shape[-1] - attention_mask.shape[-2] - 1) | (
+                torch.arange(attention_mask.shape[-1]) == 0
+            )
+        return attend(self, *args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", reads_less)
+    assert torch.equal(states(model, ids, solver="cyclic"), states(model, ids, solver="jacobi"))
+    assert not model.model.takes_groups()
+    torch.testing.assert_close(states(model, ids), stepped(model, ids), **tolerance(torch.float32))
+
+
+def test_probing_the_language_model_leaves_it_as_it_was():
+    model = stateful(training_solver="cyclic").train()
+    model.model.language_model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    assert model.model.takes_groups()
+    assert torch.equal(torch.rand(3), expected)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("mode", ["no_feedback", "plain_prompt", "passes", "solved"])
+def test_stepping_that_is_asked_for_is_stepping_in_every_mode(mode):
+    ids = tokens(2, 9)
+    assert torch.equal(stepped(stateful(decode_mode=mode), ids), stepped(stateful(), ids))
+    with pytest.raises(ValueError, match="makes no passes; leave out num_passes"):
+        shared()(ids, solver="sequential", num_passes=2)
+
+
+def test_large_elements_in_half_precision_do_not_hide_what_changes():
+    model, ids = stateful(dtype=torch.float16, tolerance=1e-4, feedback="correction"), tokens(2, 60)
+    with torch.no_grad():
+        model.model.language_model.norm.weight[3] = 400.0
+        for parameter in model.model.feedback.down.parameters():
+            parameter.mul_(0.02)
+    assert model.model(ids).residual > 0 or model.model(ids).passes > 2
+
+
 @pytest.mark.parametrize("backbone,dtype", [("gateloop", torch.float64), ("llama", torch.float32)])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("solver", ["jacobi", "cyclic"])
@@ -343,7 +424,9 @@ def test_the_seeds_own_model_written_out(dtype, depth):
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config, feedback="gated_add")).to(dtype).eval()
+    model = (
+        StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config, feedback="gated_add", **JACOBI)).to(dtype).eval()
+    )
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     w = {name.removeprefix("model."): p.detach() for name, p in model.named_parameters()}
@@ -601,7 +684,9 @@ def test_gradients_go_through_the_passes_unless_detached():
         previous = h.detach()
         model.loss_function(model.lm_head(h), ids, VOCAB).backward()
         plain_passes.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    cyclic = gradients(train(detach_between_passes=True, training_solver="cyclic", num_groups=1))
     for name, gradient in detached.items():
+        torch.testing.assert_close(cyclic[name], gradient)
         by_hand = sum(passed.get(name, torch.zeros(())) for passed in plain_passes) / 3
         torch.testing.assert_close(gradient, by_hand)
     name = "model.feedback.value.weight"
@@ -630,6 +715,43 @@ def test_pass_counts_are_drawn_from_their_probabilities_and_reproducible(tmp_pat
     ids = tokens(1, 5)
     counts = [len(model(ids, labels=ids).pass_losses) for _ in range(20)]
     assert set(counts) == {1, 2, 3}
+
+
+def test_detached_cyclic_passes_pass_on_no_gradient_but_within_themselves():
+    ids = tokens(2, 9)
+    for detach in (True, False):
+        model = train(training_solver="cyclic", num_groups=3, detach_between_passes=detach)
+        embeds = model.get_input_embeddings()(ids).detach()
+        factor, seen = torch.ones((), dtype=embeds.dtype, requires_grad=True), []
+        forward = model.model.language_model.forward
+
+        def first_scaled(*args, inputs_embeds, forward=forward, factor=factor, seen=seen, **kwargs):
+            seen.append(len(seen))
+            inputs_embeds = inputs_embeds * factor if len(seen) == 1 else inputs_embeds
+            return forward(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+        with torch.no_grad():
+            model.model.takes_groups()
+        model.model.language_model.forward = first_scaled
+        passes = model.model(inputs_embeds=embeds).pass_hidden_states
+        (through,) = torch.autograd.grad(passes[1].sum(), factor, allow_unused=True, retain_graph=True)
+        assert (through is None or through == 0) == detach
+        # Within a pass, what the first group computed is read by the second.
+        (within,) = torch.autograd.grad(passes[2][:, 1].sum(), model.model.feedback.value.weight)
+        assert within.abs().max() > 0
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_cyclic_passes_share_their_dropout_masks_from_the_second_on(share):
+    model = train(share_dropout_masks=share, training_solver="cyclic", num_groups=3, num_passes=6)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    for name in ("weight", "bias"):
+        getattr(model.model.feedback.value, name).data.zero_()
+    # Keys and values of the groups after are of the pass before, so that each layer takes a pass to settle.
+    *_, fifth, sixth = model.model(tokens(2, 9)).pass_hidden_states
+    assert torch.equal(fifth, sixth) == share
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -706,7 +828,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_the_head_is_tied_whatever_the_backbone_calls_its_embedding(backbone, tied, tmp_path):
     config = text_config(backbone)
     config.tie_word_embeddings = tied
-    model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config))
+    model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config, **JACOBI))
     model.save_pretrained(tmp_path)
     loaded = StatefulGPTForCausalLM.from_pretrained(tmp_path)
     for m in (model, loaded):

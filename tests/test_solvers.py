@@ -64,7 +64,7 @@ class WholeTanhRecurrence(TanhRecurrence):
     begin_at = None
 
     def sweep_groups(self, states, start, num_groups):
-        assert (start, num_groups) == (0, 1), "there are no groups"
+        assert num_groups == 1, "there are no groups"
         return super().sweep_groups(states, 0, 1)
 
 

@@ -295,7 +295,7 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
             message="--block_size 32 is more than the model's max_position_embeddings")  # fmt: skip
     refused(text_files, tmp_path, "--stateful_config", '{"num_passes": 0}', message="num_passes is 0")
     refused(text_files, tmp_path, "--stateful_config", '{"feedback": "concat"}', message="'concat' does not exist")
-    refused(text_files, tmp_path, "--preset=gpt", "--trainable=fusion", message="is for a model with feedback")
+    refused(text_files, tmp_path, "--preset=gpt", "--trainable=fusion", message="is for feedback around a checkpoint")
     refused(text_files, tmp_path, "--num_hidden_layers=0", message="num_hidden_layers is 0")
     refused(text_files, tmp_path, "--max_eval_samples=0", message="--max_eval_samples must be")
     refused(text_files, tmp_path, "--preset=gpt", "--stateful_config", '{"num_passes": 2}', message="leave it out")

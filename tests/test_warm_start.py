@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_training import ROOT, losses, options, run, text_files  # noqa: F401
 from train import RunError, logger, parse, prepare_data, train
-from transformers import AutoModelForCausalLM, set_seed
-from warm_start import StateStore, Windows, collate
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from warm_start import StateStore, WarmStart, Windows, collate
+
+from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
 
 EPOCHS = 3
 
@@ -94,6 +96,8 @@ def test_states_that_are_gone_or_have_no_room_are_said_to_be(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-1.bf16", "epoch-2.bf16"]
     with pytest.raises(FileNotFoundError, match=r"epoch-0.bf16 is missing: epoch 1 starts from"):
         store.read(1, torch.tensor([0]), 5)
+    with pytest.raises(OSError, match="states of another text or width"):
+        StateStore(tmp_path, 10, 5).write(1, torch.tensor([0]), torch.ones(1, 10, 5))
     with pytest.raises(OSError, match=r"take twice 8000000.0 GB.*Use less text"):
         StateStore(tmp_path, 10**12, 4000)
 
@@ -172,6 +176,61 @@ def test_spread_over_two_processes_every_state_stays_with_its_token(text_files, 
         assert torch.equal((a != 0).any(1), (b != 0).any(1)), "the same tokens were visited"
         assert (a - b).abs().max() < 0.1
         assert (a - b.roll(1, 0)).abs().max() > 1, "those of the neighbours are others"
+
+
+def trainer_of(text_files, folder, store, **more):  # noqa: F811
+    windows = Windows(corpus(text_files), 32, seed=5)
+    model = StatefulGPTForCausalLM(
+        StatefulGPTConfig(
+            text_config=GateLoopConfig(hidden_size=32, num_hidden_layers=1), training_solver="jacobi",
+            num_no_grad_passes=0,
+        )
+    )  # fmt: skip
+    given = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", remove_unused_columns=False, num_train_epochs=2,
+        per_device_train_batch_size=32, save_strategy="no", disable_tqdm=True, **more,
+    )  # fmt: skip
+    return WarmTrainer(
+        model, given, data_collator=collate, train_dataset=windows, eval_dataset=windows, state_store=store
+    )
+
+
+class WarmTrainer(WarmStart, Trainer):
+    """As in the module's docstring."""
+
+
+def test_a_trainer_of_ones_own_evaluates_without_touching_the_states(text_files, tmp_path):  # noqa: F811
+    store = StateStore(tmp_path / "states", Windows(corpus(text_files), 32).num_tokens, 32)
+    (tmp_path / "states/epoch-0.bf16").write_bytes(b"\0\1" * (store.size // 2))  # of a run that came to nothing
+    trainer = trainer_of(text_files, tmp_path, store)
+    trainer.train()
+    before = states(tmp_path, 1).clone()
+    assert (before != 0).any(1).all()
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert torch.equal(states(tmp_path, 1), before)
+
+
+def test_workers_that_keep_the_first_epoch_are_refused(text_files, tmp_path):  # noqa: F811
+    store = StateStore(tmp_path / "states", Windows(corpus(text_files), 32).num_tokens, 32)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    with pytest.raises(RuntimeError, match="Leave out dataloader_persistent_workers"):
+        trainer_of(text_files, tmp_path, store, **workers).train()
+    trainer_of(text_files, tmp_path, store, dataloader_num_workers=1).train()
+
+
+def test_a_run_goes_on_from_a_warm_started_checkpoint(text_files, tmp_path):  # noqa: F811
+    train(*parse(arguments(text_files, tmp_path / "first")))
+    more = [
+        a for a in arguments(text_files, tmp_path / "next") if not a.startswith(("--hidden", "--num_h", "--preset"))
+    ]
+    more += ["--model_name_or_path", str(tmp_path / "first")]
+    with pytest.raises(RunError, match="starts from states of the epoch before; give --warm_start true"):
+        train(*parse(more))
+    train(*parse([*more, "--warm_start=true"]))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("first", "next")]
+    assert not torch.equal(*(w["model.feedback.value.weight"] for w in weights))
+    results = json.loads((tmp_path / "next/results.json").read_text())
+    assert results["warm_start"]["from_states"] == pytest.approx(results["warm_start"]["stepped"], rel=0.05)
 
 
 def test_states_are_said_to_be_of_little_use_for_a_single_epoch(text_files, tmp_path, caplog):  # noqa: F811

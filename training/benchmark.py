@@ -42,22 +42,22 @@ def paired_ratio(measured: Callable[[], object], reference: Callable[[], object]
     }
 
 
+def passes(solver: str, with_gradient: int, without: int = 0, **more) -> dict:
+    return {"training_solver": solver, "num_passes": with_gradient, "num_no_grad_passes": without, **more}
+
+
 MODES: dict[str, dict] = {
-    "1 pass, plain": {"num_passes": 1},
-    "2 passes": {"num_passes": 2},
-    "3 passes": {"num_passes": 3},
-    "3 passes, gradient through none": {"num_passes": 3, "detach_between_passes": True},
-    "3 passes, gradient through the last": {"num_no_grad_passes": 2, "num_passes": 1},
-    "2 cyclic passes": {"training_solver": "cyclic", "num_passes": 2},
-    "3 cyclic passes": {"training_solver": "cyclic", "num_passes": 3},
-    "3 cyclic passes, gradient through the last": {
-        "training_solver": "cyclic",
-        "num_no_grad_passes": 2,
-        "num_passes": 1,
-    },
-    "warm start": {"num_passes": 1},
-    "warm start, 2 passes": {"num_passes": 2},
-    "token by token": {"training_solver": "sequential"},
+    "1 pass, plain": passes("jacobi", 1),
+    "2 passes": passes("jacobi", 2),
+    "3 passes": passes("jacobi", 3),
+    "3 passes, detached": passes("jacobi", 3, detach_between_passes=True),
+    "3 passes, gradient through the last": passes("jacobi", 1, 2),
+    "2 cyclic passes": passes("cyclic", 2),
+    "3 cyclic passes": passes("cyclic", 3),
+    "3 cyclic passes, gradient through the last": passes("cyclic", 1, 2),
+    "warm start": passes("jacobi", 1),
+    "warm start, 2 passes": passes("jacobi", 2),
+    "token by token": passes("sequential", 1),
 }
 """Fields of `StatefulGPTConfig` for each way to train."""
 

@@ -22,6 +22,7 @@ from data import load_corpus, read_text, sample_blocks, token_blocks
 from train import RunError, load_model, load_tokenizer, run_command
 from transformers import PreTrainedModel
 
+from modeling_stateful_gpt.generation_gateloop import position_limit
 from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence
 from modeling_stateful_gpt.solvers import cyclic
 
@@ -64,8 +65,7 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, groups: list[int], pairs:
 def errors_by_pass(model: PreTrainedModel, ids: torch.Tensor, num_groups: int, passes: int) -> torch.Tensor:
     """`[passes, T]`, the largest over the batch."""
     embeds = model.get_input_embeddings()(ids)
-    recorded = {"output_hidden_states": False, "output_attentions": False}
-    recurrence = LanguageModelRecurrence(model.model, embeds, None, None, None, None, **recorded)
+    recurrence = LanguageModelRecurrence(model.model, embeds, None, None, None)
     exact = model.model(ids, solver="sequential", use_cache=False).last_hidden_state
     every = cyclic(recurrence, passes, num_groups=num_groups).pass_hidden_states
     return torch.stack([error(states, exact).amax(0) for states in every])
@@ -78,7 +78,9 @@ def draw(model: PreTrainedModel, ids: torch.Tensor, groups: list[int], passes: i
         name = "Jacobi" if num_groups == 1 else f"cyclic, {num_groups} groups"
         (line,) = against_passes.semilogy(range(1, passes + 1), errors.amax(1).clamp(min=1e-7), label=name, linewidth=2)
         if num_groups in (1, 8):
-            for number, style in ((2, "-"), (4, "--"), (8, ":")):
+            for number, style in zip((2, 4, 8), ("-", "--", ":"), strict=True):
+                if number > passes:
+                    continue
                 blocks = errors[number - 1].unfold(0, 16, 16).amax(-1).clamp(min=1e-7)
                 along.semilogy(
                     torch.arange(len(blocks)) * 16,
@@ -113,6 +115,10 @@ def main() -> None:
     model, tokenizer = load_model(arguments.checkpoint).eval(), load_tokenizer(arguments.checkpoint)
     if getattr(model.config, "feedback", None) is None:
         raise RunError(f"{arguments.checkpoint} has no feedback: there is nothing to solve.")
+    limit = position_limit(model.config.get_text_config())
+    if limit is not None and arguments.length > limit:
+        raise RunError(f"--length {arguments.length} is more than the model's max_position_embeddings ({limit}).")
+    model.config.decode_mode = "solved"
     files = arguments.text_file
     documents = [read_text(Path(name)) for name in files] if files else load_corpus().validation
     largest = max(arguments.batch_sizes)

@@ -39,7 +39,7 @@ from transformers import (
 )
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import logging
-from warm_start import StateStore, WarmStart, Windows, collate, losses_from_states, saved_state
+from warm_start import StatesMissing, StateStore, WarmStart, Windows, collate, losses_from_states, saved_state
 
 from modeling_stateful_gpt import (
     GateLoopConfig,
@@ -64,6 +64,8 @@ class Preset:
     warm_start: bool = False
 
 
+JACOBI = {"training_solver": "jacobi", "num_no_grad_passes": 0}
+
 PRESETS = {
     "gpt": Preset(),
     "gateloop": Preset({"layer_types": ["gateloop"]}),
@@ -73,9 +75,11 @@ PRESETS = {
     "hybrid": Preset({"layer_types": ["gateloop", "full_attention"]}),
     # The control: the same fusion, fed with the previous token's embedding.
     "token_shift": Preset(stateful={"feedback": "gated_add", "feedback_source": "embedding"}),
-    "stateful": Preset(stateful={"feedback": "gated_add", "num_passes": 3}),
+    "stateful": Preset(stateful={"feedback": "gated_add"}),
+    # The original proposal, with gradients through all passes.
+    "jacobi": Preset(stateful={"feedback": "gated_add", **JACOBI, "num_passes": 3}),
     # For several epochs: a step is one pass. {"pass_probabilities": [0.75, 0.25]} adds a share of steps of two.
-    "warm_start": Preset(stateful={"feedback": "gated_add", "num_passes": 1}, warm_start=True),
+    "warm_start": Preset(stateful={"feedback": "gated_add", **JACOBI, "num_passes": 1}, warm_start=True),
 }
 """With the same sizes, all presets have the same number of parameters, to within rounding."""
 
@@ -98,6 +102,10 @@ class ModelArguments:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     dropout: float = 0.0
+    warm_start: bool = field(
+        default=False,
+        metadata={"help": "The first pass reads the states of the epoch before (as with the preset warm_start)."},
+    )
     trainable: str = field(
         default="everything",
         metadata={
@@ -267,7 +275,7 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
             model = continued_model(arguments, model, feedback)
     except (StrictDataclassError, ValueError) as error:
         raise RunError(str(error.__cause__ or error)) from error
-    model = choose_trainable(model, arguments.trainable)
+    model = choose_trainable(model, arguments)
     text_config = model.config.get_text_config()
     if len(tokenizer) > text_config.vocab_size:
         raise RunError(
@@ -283,18 +291,23 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
     return model
 
 
-def choose_trainable(model: PreTrainedModel, trainable: str) -> PreTrainedModel | PeftModel:
+def choose_trainable(model: PreTrainedModel, arguments: ModelArguments) -> PreTrainedModel | PeftModel:
+    trainable = arguments.trainable
     if trainable not in ("everything", "fusion", "lora"):
         raise RunError(f"--trainable {trainable} does not exist; choose from everything, fusion, lora.")
     if trainable == "everything":
         return model
-    if getattr(model.config, "feedback", None) is None:
-        raise RunError(f"--trainable {trainable} is for a model with feedback, and this one has none.")
+    if getattr(model.config, "feedback", None) is None or not arguments.model_name_or_path:
+        raise RunError(f"--trainable {trainable} is for feedback around a checkpoint (--model_name_or_path).")
     if trainable == "lora":
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["feedback"]))
     model.requires_grad_(False)
     model.model.feedback.requires_grad_(True)
     return model
+
+
+def warm_start(arguments: ModelArguments) -> bool:
+    return arguments.warm_start or (arguments.preset is not None and PRESETS[arguments.preset].warm_start)
 
 
 def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback: dict | None) -> PreTrainedModel:
@@ -316,6 +329,11 @@ def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback:
         raise RunError(f"{arguments.model_name_or_path} has its feedback already; leave out --preset.")
     if not as_it_is and feedback is not None:
         return StatefulGPTForCausalLM.from_backbone(model, **feedback)
+    if stateful and model.config.trained_passes() == 1 and not warm_start(arguments):
+        raise RunError(
+            f"{arguments.model_name_or_path} is trained in one pass that starts from states of the epoch before; give "
+            f"--warm_start true."
+        )
     if arguments.stateful_config != defaults.stateful_config:
         raise RunError("--stateful_config needs a --preset with feedback, or a plain model to put feedback around.")
     return model
@@ -498,7 +516,7 @@ def train(
 
     interrupt = SaveOnInterrupt()
     trainer = make_trainer(
-        PRESETS[model_arguments.preset or "stateful"].warm_start,
+        warm_start(model_arguments),
         data_arguments,
         model=model,
         args=training_arguments,
@@ -514,7 +532,7 @@ def train(
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except FileNotFoundError as error:
+    except StatesMissing as error:
         raise RunError(str(error)) from error
     except SafetensorError as error:
         raise RunError(
@@ -542,7 +560,8 @@ def train(
         "eval_blocks": len(trainer.eval_dataset),
         "log": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
     }
-    if main_process and isinstance(trainer, WindowTrainer) and trainer.state_store and trainer.state.epoch >= 1:
+    warm = isinstance(trainer, WindowTrainer) and trainer.state_store and trainer.state.epoch >= 1
+    if main_process and warm and not trainer.is_fsdp_enabled:  # Sharded, all processes would have to take part.
         epochs = int(trainer.state.epoch)
         results["warm_start"] = losses_from_states(model, trainer.train_dataset, trainer.state_store, epochs)
     if main_process:
@@ -555,16 +574,20 @@ def train(
     return results
 
 
-def make_trainer(warm_start: bool, data_arguments: DataArguments, **arguments) -> SteppingTrainer:
+def make_trainer(warm: bool, data_arguments: DataArguments, **arguments) -> SteppingTrainer:
     """Over blocks that are always the same or, where their place in the text matters, over windows of it."""
-    if not warm_start and not data_arguments.random_offsets:
+    if not warm and not data_arguments.random_offsets:
         return SteppingTrainer(**arguments)
     training_arguments, model = arguments["args"], arguments["model"]
     tokens = np.concatenate(arguments["train_dataset"].with_format("numpy")["input_ids"][:])
     seed = training_arguments.data_seed if training_arguments.data_seed is not None else training_arguments.seed
     windows = Windows(tokens, data_arguments.block_size, seed, data_arguments.random_offsets)
     store = None
-    if warm_start:
+    if warm:
+        if getattr(model.config, "feedback_source", None) != "hidden_state":
+            raise RunError("--warm_start is for a model that feeds its hidden state back.")
+        # Filled up to whole batches for every process, tokens would be visited twice in an epoch.
+        training_arguments.dataloader_drop_last |= training_arguments.world_size > 1
         try:
             store = StateStore(
                 Path(training_arguments.output_dir, "states"), windows.num_tokens, model.config.hidden_size
@@ -573,7 +596,7 @@ def make_trainer(warm_start: bool, data_arguments: DataArguments, **arguments) -
             raise RunError(str(error)) from error
     trainer = WindowTrainer(**{**arguments, "train_dataset": windows}, state_store=store)
     steps = len(trainer.get_train_dataloader()) / training_arguments.gradient_accumulation_steps
-    if warm_start and 0 < training_arguments.max_steps < 2 * steps:
+    if warm and 0 < training_arguments.max_steps < 2 * steps:
         logger.warning(
             f"The states of an epoch are the start of the next, and {training_arguments.max_steps} steps are only "
             f"{training_arguments.max_steps / steps:.1f} epochs. Train for several, or on less text."

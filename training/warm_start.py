@@ -14,6 +14,7 @@ model is trained on grows one token deeper with every epoch. In the first, where
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +63,19 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": batch["input_ids"].clone()}
 
 
+class StatesMissing(FileNotFoundError):
+    """The file of the epoch before is gone; the message says what to do."""
+
+
 class StateStore:
     """The last hidden state of every token of a text, in bf16: a memory-mapped file for each epoch in `folder`.
 
     An epoch reads the file of the one before and writes its own. So a run that is killed and resumed in the middle of
-    an epoch reads what it read before, and processes that share the folder never read what another is writing.
+    an epoch reads what it read before, and processes of one machine that share the folder never read what another is
+    writing.
 
     Raises:
-        OSError: if the disk has no room for the files of two epochs.
+        OSError: if the disk has no room for the files of two epochs, or the folder has states of another text or width.
     """
 
     def __init__(self, folder: str | Path, num_tokens: int, width: int):
@@ -97,12 +103,12 @@ class StateStore:
         before; None in the first. Zeros where a token was not visited.
 
         Raises:
-            FileNotFoundError: if the file of the epoch before is gone.
+            StatesMissing: if the file of the epoch before is gone.
         """
         if epoch == 0:
             return None
         if epoch - 1 not in self.files and not self.path(epoch - 1).exists():
-            raise FileNotFoundError(
+            raise StatesMissing(
                 f"{self.path(epoch - 1)} is missing: epoch {epoch} starts from the states that it held. Put it back, "
                 f"or start anew in another output folder."
             )
@@ -119,6 +125,9 @@ class StateStore:
         """The file of an epoch as a tensor `[N, D]`; made, full of zeros, if it does not exist."""
         if epoch not in self.files:
             descriptor = os.open(self.path(epoch), os.O_RDWR | os.O_CREAT)
+            if os.fstat(descriptor).st_size not in (0, self.size):
+                os.close(descriptor)
+                raise OSError(f"{self.path(epoch)} has states of another text or width; use another folder.")
             os.ftruncate(descriptor, self.size)  # Another process may have made it: then this changes nothing.
             os.close(descriptor)
             numbers = np.memmap(self.path(epoch), dtype=np.uint16, mode="r+", shape=self.shape)
@@ -147,9 +156,14 @@ class WarmStart:
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, **kwargs):
         start, epoch = inputs.pop("start", None), inputs.pop("epoch", None)
-        if start is None or self.state_store is None:
+        if start is None or self.state_store is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
         ids, epoch = inputs["input_ids"], int(epoch[0])
+        if epoch != self.train_dataset.epoch:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"A batch of epoch {epoch} came in epoch {self.train_dataset.epoch}: persistent workers keep the text "  # type: ignore[attr-defined]
+                f"as it was cut at first. Leave out dataloader_persistent_workers."
+            )
         states = self.state_store.read(epoch, start, ids.shape[1])
         inputs["initial_states"] = None if states is None else states.to(ids.device)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
@@ -162,7 +176,7 @@ def losses_from_states(
     model: PreTrainedModel, windows: Windows, store: StateStore, epochs: int, batch: int = 64
 ) -> dict:
     """Whether the model that was trained is the one that is decoded: the loss in nats of the first `batch` windows of
-    the epoch that would come next, in one pass `from_states` of the last of `epochs`, and `stepped`."""
+    the epoch that comes after `epochs`, in one pass `from_states` of the last of those, and `stepped`."""
     windows.set_epoch(epochs)
     inputs = collate([windows[i] for i in range(min(batch, len(windows)))])
     states = store.read(epochs, inputs.pop("start"), windows.block_size)
@@ -179,6 +193,11 @@ class NextEpoch(TrainerCallback):
 
     def __init__(self, windows: Windows, store: StateStore | None):
         self.windows, self.store = windows, store
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs):
+        if self.store is not None and state.global_step == 0:
+            with PartialState().main_process_first():
+                self.store.forget_before(sys.maxsize)  # Of a run that came to nothing.
 
     def on_epoch_begin(self, args, state: TrainerState, control, **kwargs):
         epoch = int(state.epoch or 0)

@@ -1,0 +1,40 @@
+"""The benchmarks run, and say what they claim to say; how long things take is for them alone."""
+
+import json
+import sys
+
+import pytest
+from benchmark import main as benchmark
+from benchmark_solvers import main as benchmark_solvers
+from test_training import options, text_files  # noqa: F401
+from train import RunError, parse, train
+
+
+def test_training_steps_and_decoding_are_compared_with_the_plain_model(monkeypatch, capsys):
+    modes = ["2 passes", "3 cyclic passes, gradient through the last", "warm start"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--pairs=1", "--feedback=gated_add", "--modes", *modes])
+    benchmark()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["what"] for line in lines[1:4]] == [f"training step, gated_add, {mode}" for mode in modes]
+    assert all(line["ratio"] > 0 for line in lines[1:])
+
+
+def test_solvers_are_compared_with_stepping_and_drawn(text_files, tmp_path, monkeypatch, capsys):  # noqa: F811
+    train(*parse(options(text_files, tmp_path / "run", "--preset=stateful", "--eval_strategy=no")))
+    capsys.readouterr()
+    command = ["benchmark_solvers.py", str(tmp_path / "run"), "--text_file", text_files[0], "--picture"]
+    command += [str(tmp_path / "solvers.png"), "--length=40", "--pairs=1", "--passes=6"]
+    monkeypatch.setattr(sys, "argv", [*command, "--batch_sizes", "1", "3", "--groups", "1", "4"])
+    benchmark_solvers()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [(line["batch"], line["solver"]) for line in lines[1:]] == [
+        (batch, solver) for batch in (1, 3) for solver in ("jacobi", "cyclic, 4 groups")
+    ]
+    assert all(line["error"] < 1e-3 and 1 < line["passes"] < 40 for line in lines[1:])
+    assert (tmp_path / "solvers.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(sys, "argv", [*command, "--batch_sizes", "9999"])
+    with pytest.raises(RunError, match="lower --batch_sizes"):
+        benchmark_solvers()
+    monkeypatch.setattr(sys, "argv", [*command, "--length=9999"])
+    with pytest.raises(RunError, match="max_position_embeddings"):
+        benchmark_solvers()
