@@ -30,7 +30,8 @@ def test_solvers_are_compared_with_stepping_and_drawn(text_files, tmp_path, monk
     assert [(line["batch"], line["solver"]) for line in lines[1:]] == [
         (batch, solver) for batch in (1, 3) for solver in ("jacobi", "cyclic, 4 groups")
     ]
-    assert all(line["error"] < 1e-3 and 1 < line["passes"] < 40 for line in lines[1:])
+    for line in lines[1:]:
+        assert line["error"] < 1e-3 and 1 < line["passes"] <= 40, line
     assert (tmp_path / "solvers.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(sys, "argv", [*command, "--batch_sizes", "9999"])
     with pytest.raises(RunError, match="lower --batch_sizes"):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from data import byte_tokenizer
 from datasets import Dataset
+from tiny import JACOBI
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -62,7 +63,7 @@ def small_config(name):
         )
     else:
         decoder = GateLoopConfig(**gateloop)
-    return StatefulGPTConfig(text_config=decoder, tolerance=1e-6)
+    return StatefulGPTConfig(text_config=decoder, tolerance=1e-6, **JACOBI, num_passes=3)
 
 
 def small(name):

@@ -130,7 +130,7 @@ def corpus(text_files):  # noqa: F811
 
 
 def test_the_first_epoch_is_the_plain_model(text_files, tmp_path):  # noqa: F811
-    plain = ["--preset=stateful", '--stateful_config={"num_passes": 1}']
+    plain = ["--preset=jacobi", '--stateful_config={"num_passes": 1}']
     weights = []
     for name, more in (("warm", []), ("plain", plain)):
         train(*parse(arguments(text_files, tmp_path / name, *more, "--num_train_epochs=1", "--save_strategy=no")))
