@@ -54,7 +54,7 @@ class StatefulGPTConfig(PreTrainedConfig):
 
     model_type = "stateful_gpt"
     sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type=GateLoopConfig.model_type)}
-    keys_to_ignore_at_inference = ["past_key_values", "pass_losses", "passes", "residual", "states"]
+    keys_to_ignore_at_inference = ["past_key_values", "pass_losses", "passes", "residual", "stepped_from", "states"]
 
     # Any: `__post_init__` turns a dict or None into the configuration it stands for.
     text_config: Any = None

@@ -54,12 +54,13 @@ RECORDED = ("output_hidden_states", "output_attentions")
 @dataclass
 class StatefulGPTOutputWithPast(BaseModelOutputWithPast):
     """`pass_hidden_states`: in training, the last hidden states `[B, T, D]` of every pass; `last_hidden_state` is then,
-    at each position, that of a pass drawn at random. `passes` and `residual`: in evaluation, what the solver did (see
-    `Solution`)."""
+    at each position, that of a pass drawn at random. `passes`, `residual` and `stepped_from`: in evaluation, what the
+    solver did (see `Solution`)."""
 
     pass_hidden_states: tuple[torch.Tensor, ...] | None = None
     passes: int | None = None
     residual: float | None = None
+    stepped_from: int | None = None
 
 
 @dataclass
@@ -71,6 +72,7 @@ class StatefulGPTCausalLMOutputWithPast(CausalLMOutputWithPast):
     states: torch.Tensor | None = None
     passes: int | None = None
     residual: float | None = None
+    stepped_from: int | None = None
 
 
 class LanguageModelRecurrence:
@@ -494,6 +496,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             pass_hidden_states=solution.pass_hidden_states if training else None,
             passes=None if training else solution.passes,
             residual=solution.residual,
+            stepped_from=None if training else solution.stepped_from,
         )
 
     def train_passes(self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str) -> Solution:
@@ -741,6 +744,7 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
             states=last_pass.detach(),
             passes=outputs.passes,
             residual=outputs.residual,
+            stepped_from=outputs.stepped_from,
         )
 
 

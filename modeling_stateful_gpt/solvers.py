@@ -68,6 +68,8 @@ class Solution:
     residual: float | None = None
     """The largest change in the last pass of an element of a real position's state that is not exact yet, in units of
     the root mean square of that state; None where it was not asked for."""
+    stepped_from: int | None = None
+    """The position from which on the solver stepped, if it did."""
     pass_hidden_states: tuple[torch.Tensor, ...] = ()
     """The result of every pass through which gradients flow, where their number was fixed beforehand; of stepping."""
 
@@ -83,7 +85,7 @@ def sequential(recurrence: Recurrence, passes: int | None = None, **unused) -> S
     Backpropagation goes through time, token by token. `passes` and the other solvers' arguments are ignored.
     """
     states = steps_from(recurrence, 0, None)
-    return Solution(states, passes=1, residual=0.0, pass_hidden_states=(states,))
+    return Solution(states, passes=1, residual=0.0, stepped_from=0, pass_hidden_states=(states,))
 
 
 def steps_from(recurrence: Recurrence, position: int, states: torch.Tensor | None) -> torch.Tensor:
@@ -163,7 +165,7 @@ def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int) -> S
     while settled < recurrence.length:
         if len(residuals) > PATIENCE and residuals[-1] > residuals[-1 - PATIENCE] / 2:
             begin = settled if recurrence.has_groups else 0
-            return Solution(steps_from(recurrence, begin, states), passes + 1, residual=0.0)
+            return Solution(steps_from(recurrence, begin, states), passes + 1, residual=0.0, stepped_from=begin)
         # The second pass is over all positions at once, as the first: it takes less time than one in groups.
         start, split = (settled, num_groups) if passes > 1 else (0, 1)
         previous, states = states, recurrence.sweep_groups(states, start, split)
@@ -181,10 +183,11 @@ def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int) -> S
 def allowed_change(tolerance: float, residuals: list[float]) -> float:
     """The change in the last pass after which all further changes will add up to no more than `tolerance`.
 
-    Residuals that shrink by a factor ρ with each pass add up to ρ / (1 - ρ) times the last one.
+    Residuals that shrink by a factor ρ with each pass add up to ρ / (1 - ρ) times the last one. As ρ is an estimate,
+    from the last two, no more than twice the tolerance is allowed.
     """
     *_, before, last = [2 * residuals[0], *residuals]
-    return tolerance * min(max(before - last, 0.0) / last, 1.0) if last > 0 else tolerance
+    return tolerance * min(max(before - last, 0.0) / last, 2.0) if last > 0 else tolerance
 
 
 @torch.no_grad()

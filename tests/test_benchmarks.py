@@ -23,12 +23,12 @@ def test_solvers_are_compared_with_stepping_and_drawn(text_files, tmp_path, monk
     train(*parse(options(text_files, tmp_path / "run", "--preset=stateful", "--eval_strategy=no")))
     capsys.readouterr()
     command = ["benchmark_solvers.py", str(tmp_path / "run"), "--text_file", text_files[0], "--picture"]
-    command += [str(tmp_path / "solvers.png"), "--length=40", "--pairs=1", "--passes=6"]
+    command += [str(tmp_path / "solvers.png"), "--length=40", "--pairs=1", "--passes=6", "--texts=2"]
     monkeypatch.setattr(sys, "argv", [*command, "--batch_sizes", "1", "3", "--groups", "1", "4"])
     benchmark_solvers()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [(line["batch"], line["solver"]) for line in lines[1:]] == [
-        (batch, solver) for batch in (1, 3) for solver in ("jacobi", "cyclic, 4 groups")
+    assert [(line["solver"], line["groups"], line.get("batch")) for line in lines[1:]] == [
+        (solver, groups, batch) for solver, groups in (("jacobi", 1), ("cyclic", 4)) for batch in (None, 1, 3)
     ]
     for line in lines[1:]:
         assert line["error"] < 1e-3 and 1 < line["passes"] <= 40, line

@@ -4,14 +4,15 @@
         --per_device_train_batch_size 4 --max_steps 1000 --output_dir runs/long
     python training/benchmark_solvers.py runs/long
 
-Each solver runs in turn with stepping (with keys and values in a cache) in one process, and the ratio is taken pair by
-pair. One JSON line per solver and batch size, with the passes that it made and how far its states are from the stepped
-ones: the largest difference of an element, in units of its state's root mean square. Draws the error against passes,
-and along the sequence. Close everything else.
+For each solver, a JSON line with the passes that single texts take, and one for each batch size with how much faster it
+is than stepping (with keys and values in a cache): the two run in turn in one process, and the ratio is taken pair by
+pair. `error` is how far the states are from the stepped ones: the largest difference of an element, in units of its
+state's root mean square. Draws the error against passes, and along the sequence. Close everything else.
 """
 
 import argparse
 import json
+import statistics
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +20,13 @@ import matplotlib
 import torch
 from benchmark import paired_ratio
 from data import load_corpus, read_text, sample_blocks, token_blocks
+from tqdm.auto import tqdm
 from train import RunError, load_model, load_tokenizer, run_command
 from transformers import PreTrainedModel
 
+from modeling_stateful_gpt import solvers
 from modeling_stateful_gpt.generation_gateloop import position_limit
 from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence
-from modeling_stateful_gpt.solvers import cyclic
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -35,31 +37,39 @@ def error(states: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return (states - exact).abs().amax(-1) / exact.square().mean(-1).sqrt()
 
 
-def measure(model: PreTrainedModel, ids: torch.Tensor, groups: list[int], pairs: int) -> list[dict]:
-    exact = model.model(ids, solver="sequential", use_cache=False).last_hidden_state
-    records = []
-    for num_groups in groups:
-        model.config.num_groups = num_groups
-        solver = "jacobi" if num_groups == 1 else "cyclic"
+def count(model: PreTrainedModel, texts: torch.Tensor, solver: str) -> dict:
+    """The passes that each of the `texts` `[N, T]` takes alone, if the solver never steps, and the largest error."""
+    patience, solvers.PATIENCE = solvers.PATIENCE, texts.shape[1]
+    passes, errors = [], []
+    for ids in tqdm(texts.split(1), desc=f"{solver}, {model.config.num_groups} groups", leave=False):
         solved = model.model(ids, solver=solver, use_cache=False)
-        name = "jacobi" if num_groups == 1 else f"cyclic, {num_groups} groups"
-        stepping, solving = (partial(model.model, ids, solver=s, use_cache=False) for s in ("sequential", solver))
-        ratio = paired_ratio(stepping, solving, pairs, f"{name}, batch {len(ids)}")
-        records.append(
-            {
-                "solver": name,
-                "batch": len(ids),
-                "length": ids.shape[1],
-                "passes": solved.passes,
-                "error": float(f"{error(solved.last_hidden_state, exact).max():.2g}"),
-                "times_as_fast_as_stepping": ratio["ratio"],
-                "min": ratio["min"],
-                "max": ratio["max"],
-                "ms": ratio["reference_ms"],
-            }
-        )
-        print(json.dumps(records[-1]), flush=True)
-    return records
+        exact = model.model(ids, solver="sequential", use_cache=False).last_hidden_state
+        passes.append(solved.passes)
+        errors.append(error(solved.last_hidden_state, exact).max().item())
+    solvers.PATIENCE = patience
+    return {
+        "passes": statistics.median(passes),
+        "least": min(passes),
+        "most": max(passes),
+        "error": float(f"{max(errors):.2g}"),
+    }
+
+
+def measure(model: PreTrainedModel, ids: torch.Tensor, solver: str, name: str, pairs: int) -> dict:
+    """How many times as fast as stepping, over the batch `ids`, and what the solver did."""
+    solved = model.model(ids, solver=solver, use_cache=False)
+    exact = model.model(ids, solver="sequential", use_cache=False).last_hidden_state
+    stepping, solving = (partial(model.model, ids, solver=s, use_cache=False) for s in ("sequential", solver))
+    ratio = paired_ratio(stepping, solving, pairs, name)
+    return {
+        "times_as_fast_as_stepping": ratio["ratio"],
+        "min": ratio["min"],
+        "max": ratio["max"],
+        "ms": ratio["reference_ms"],
+        "passes": solved.passes,
+        "stepped_from": solved.stepped_from,
+        "error": float(f"{error(solved.last_hidden_state, exact).max():.2g}"),
+    }
 
 
 def errors_by_pass(model: PreTrainedModel, ids: torch.Tensor, num_groups: int, passes: int) -> torch.Tensor:
@@ -67,7 +77,7 @@ def errors_by_pass(model: PreTrainedModel, ids: torch.Tensor, num_groups: int, p
     embeds = model.get_input_embeddings()(ids)
     recurrence = LanguageModelRecurrence(model.model, embeds, None, None, None)
     exact = model.model(ids, solver="sequential", use_cache=False).last_hidden_state
-    every = cyclic(recurrence, passes, num_groups=num_groups).pass_hidden_states
+    every = solvers.cyclic(recurrence, passes, num_groups=num_groups).pass_hidden_states
     return torch.stack([error(states, exact).amax(0) for states in every])
 
 
@@ -107,6 +117,7 @@ def main() -> None:
     parser.add_argument("--text_file", nargs="+", help="default: the default validation text")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--texts", type=int, default=8, help="for which passes are counted")
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="1 is Jacobi")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--passes", type=int, default=40, help="in the picture")
@@ -121,15 +132,24 @@ def main() -> None:
     model.config.decode_mode = "solved"
     files = arguments.text_file
     documents = [read_text(Path(name)) for name in files] if files else load_corpus().validation
-    largest = max(arguments.batch_sizes)
+    largest = max(*arguments.batch_sizes, arguments.texts)
     blocks = sample_blocks(token_blocks(documents, tokenizer, arguments.length), largest)
     if len(blocks) < largest:
-        raise RunError(f"The text has only {len(blocks)} blocks of {arguments.length} tokens; lower --batch_sizes.")
+        raise RunError(
+            f"The text has only {len(blocks)} blocks of {arguments.length} tokens; lower --batch_sizes and --texts."
+        )
     ids = torch.tensor(blocks["input_ids"])
+    texts = ids[: arguments.texts]
     sizes = {"hidden_size": model.config.hidden_size, "num_hidden_layers": model.config.num_hidden_layers}
     print(json.dumps({**sizes, "torch": torch.__version__, "threads": torch.get_num_threads()}))
-    for batch in arguments.batch_sizes:
-        measure(model, ids[:batch], arguments.groups, arguments.pairs)
+    for model.config.num_groups in arguments.groups:
+        solver = "jacobi" if model.config.num_groups == 1 else "cyclic"
+        name = {"solver": solver, "groups": model.config.num_groups}
+        print(json.dumps({**name, "texts": len(texts), **count(model, texts, solver)}), flush=True)
+        for batch in arguments.batch_sizes:
+            what = f"{solver}, {model.config.num_groups} groups, batch {batch}"
+            measured = measure(model, ids[:batch], solver, what, arguments.pairs)
+            print(json.dumps({**name, "batch": batch, **measured}), flush=True)
     draw(model, ids[:1], arguments.groups, min(arguments.passes, arguments.length), arguments.picture)
     print(f"Drawn: {arguments.picture}")
 
