@@ -110,7 +110,9 @@ class StatefulGPTConfig(PreTrainedConfig):
         if self.num_no_grad_passes < 0:
             raise ValueError(f"num_no_grad_passes is {self.num_no_grad_passes}; it must be at least 0.")
         probabilities = self.pass_probabilities
-        if probabilities is not None and (min(probabilities, default=-1) < 0 or abs(sum(probabilities) - 1) > 1e-6):
+        if probabilities is not None and not (
+            min(probabilities, default=-1) >= 0 and abs(sum(probabilities) - 1) <= 1e-6
+        ):
             raise ValueError(
                 f"pass_probabilities are the probabilities of 1, 2, … passes and must sum to 1, not {probabilities}."
             )

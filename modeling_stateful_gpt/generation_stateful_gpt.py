@@ -23,10 +23,13 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
         )
         cache: Cache | None = model_kwargs.get("past_key_values")
         decode_mode = model_kwargs.get("decode_mode") or self.config.decode_mode
-        if generation_mode == GenerationMode.ASSISTED_GENERATION and decode_mode in ("passes", "plain_prompt"):
+        cut = generation_config.prefill_chunk_size is not None or generation_config.use_cache is False
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if (cut or assisted) and decode_mode in ("passes", "plain_prompt"):
             raise ValueError(
-                f"decode_mode={decode_mode!r} computes several tokens at once otherwise than one by one, so that "
-                f"drafts cannot be checked; use 'solved' or 'no_feedback' with assisted decoding and prompt lookup."
+                f"decode_mode={decode_mode!r} computes several tokens at once otherwise than one by one. It needs the "
+                f"prompt in one piece, a cache, and no drafts: use 'solved' or 'no_feedback' with prefill_chunk_size, "
+                f"use_cache=False, assisted decoding and prompt lookup."
             )
         if cache is not None and self.config.feedback is not None:
             # The layer must exist before assisted decoding turns past recording on, which it does for drafts above.

@@ -94,6 +94,10 @@ class LanguageModelRecurrence:
     ):
         batch, self.length, _ = embeds.shape
         self.model, self.embeds, self.cache, self.kwargs = model, embeds, cache, kwargs
+        if initial_states is not None:
+            # What is no number is no guess, either.
+            sane = initial_states.isfinite().all(-1, keepdim=True)
+            initial_states = initial_states.where(sane, torch.zeros((), device=initial_states.device))
         self.guess = initial_states
         self.attention_mask = attention_mask
         self.past = cache.get_seq_length() if cache is not None else 0
@@ -524,6 +528,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             passes = self.config.prefill_passes or self.config.trained_passes()
             fixed = {"no_feedback": 1, "plain_prompt": None if single else 1, "passes": None if single else passes}
             num_passes = fixed[decode_mode]
+            if num_passes == 1 and decode_mode != "passes":
+                return one_pass(recurrence.plain())
         if num_passes == 1 and recurrence.guess is None:
             return one_pass(recurrence.plain())
         if self.config.feedback_source == "embedding" and solver != "sequential":

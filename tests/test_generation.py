@@ -211,8 +211,9 @@ def test_what_cannot_be_done_is_refused_with_a_reason():
     with pytest.raises(ValueError, match=r"may become 69 tokens.*max_position_embeddings is 64.*lower max_new_tokens"):
         generate(model, ids, max_new_tokens=64)
     for mode in ("passes", "plain_prompt"):
-        with pytest.raises(ValueError, match="drafts cannot be checked; use 'solved'"):
-            generate(model, ids, prompt_lookup_num_tokens=2, decode_mode=mode)
+        for how in ({"prompt_lookup_num_tokens": 2}, {"use_cache": False}, {"prefill_chunk_size": 2}):
+            with pytest.raises(ValueError, match="needs the prompt in one piece, a cache, and no drafts"):
+                generate(model, ids, decode_mode=mode, **how)
     with pytest.raises(ValueError, match="initial_states are a first guess for one forward"):
         generate(model, ids, initial_states=torch.zeros(1, 5, 32))
     with pytest.raises(ValueError, match="prompts are all padding"):

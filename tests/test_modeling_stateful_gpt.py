@@ -403,6 +403,12 @@ def test_a_first_guess_of_the_states_may_be_given(solver, backbone, dtype):
         assert torch.equal(passes(2, torch.zeros_like(exact)), states(model, ids, num_passes=2, solver=solver))
         torch.testing.assert_close(passes(1, partly)[:, :7], exact[:, :7], **tolerance(dtype))
         torch.testing.assert_close(passes(1, partly)[:, 7:], plain_from(model, ids, exact, 7), **tolerance(dtype))
+    spoilt = exact.clone()
+    spoilt[0, 3, 5] = float("nan")
+    out = model.model(ids, initial_states=spoilt, solver=solver)
+    torch.testing.assert_close(out.last_hidden_state.detach(), exact, **tolerance(dtype))
+    for mode in ("no_feedback", "plain_prompt"):
+        assert torch.equal(states(model, ids, decode_mode=mode, initial_states=exact), states(model, ids, num_passes=1))
     with pytest.raises(ValueError, match=r"initial_states is \[2, 10, 32\]; it must be \[2, 11, 32\]"):
         model.model(ids, initial_states=exact[:, :10])
 
@@ -925,6 +931,7 @@ def test_a_backbone_whose_head_does_more_is_refused():
         ({"prefill_passes": 0}, "prefill_passes is 0; it must be at least 1"),
         ({"pass_probabilities": [0.5, 0.4]}, "must sum to 1"),
         ({"pass_probabilities": []}, "must sum to 1"),
+        ({"pass_probabilities": [float("nan")]}, "must sum to 1"),
         ({"solver": "newton"}, r"solver 'newton' does not exist; choose from \['cyclic', 'jacobi', 'sequential'\]"),
         ({"training_solver": "newton"}, "training_solver 'newton' does not exist"),
         ({"decode_mode": "fast"}, "decode_mode 'fast' does not exist; choose from .*'plain_prompt', 'solved'"),

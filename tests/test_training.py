@@ -207,6 +207,17 @@ def test_training_goes_on_from_a_checkpoint_and_around_a_backbone(text_files, tm
         config = AutoModelForCausalLM.from_pretrained(tmp_path / name).config
         assert (config.model_type, config.get_text_config().model_type) == kinds
     for more, message in (
+        (["--preset=warm_start", "--trainable=fusion"], "with a warm start the first epoch is plain"),
+        (
+            ["--preset=stateful", "--trainable=lora", '--stateful_config={"pass_probabilities": [1.0]}'],
+            "leave out pass_",
+        ),
+        (["--preset=gpt", "--trainable=fusion"], "choose a --preset that has it"),
+    ):
+        with pytest.raises(RunError, match=message):
+            train(*parse([*continued(text_files, tmp_path / "x", tmp_path / "first"), *more]))
+        assert not (tmp_path / "x").exists()
+    for more, message in (
         (["--preset=gpt"], "has its feedback already; leave out --preset"),
         (["--trainable=half"], "--trainable half does not exist; choose from everything, fusion, lora"),
         (["--hidden_size=64"], "--hidden_size is for a model from scratch"),
@@ -295,7 +306,9 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
             message="--block_size 32 is more than the model's max_position_embeddings")  # fmt: skip
     refused(text_files, tmp_path, "--stateful_config", '{"num_passes": 0}', message="num_passes is 0")
     refused(text_files, tmp_path, "--stateful_config", '{"feedback": "concat"}', message="'concat' does not exist")
-    refused(text_files, tmp_path, "--preset=gpt", "--trainable=fusion", message="is for feedback around a checkpoint")
+    refused(text_files, tmp_path, "--trainable=fusion", message="is for feedback around a checkpoint")
+    for preset in ("gpt", "token_shift"):
+        refused(text_files, tmp_path, f"--preset={preset}", "--warm_start=true", message="feeds its hidden state back")
     refused(text_files, tmp_path, "--num_hidden_layers=0", message="num_hidden_layers is 0")
     refused(text_files, tmp_path, "--max_eval_samples=0", message="--max_eval_samples must be")
     refused(text_files, tmp_path, "--preset=gpt", "--stateful_config", '{"num_passes": 2}', message="leave it out")

@@ -31,6 +31,9 @@ from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+BLOCK = 16
+"""Positions that make one point of the picture."""
+
 
 def error(states: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """`[B, T]`: the largest difference of an element at each position, in units of the state's root mean square."""
@@ -91,9 +94,9 @@ def draw(model: PreTrainedModel, ids: torch.Tensor, groups: list[int], passes: i
             for number, style in zip((2, 4, 8), ("-", "--", ":"), strict=True):
                 if number > passes:
                     continue
-                blocks = errors[number - 1].unfold(0, 16, 16).amax(-1).clamp(min=1e-7)
+                blocks = errors[number - 1].unfold(0, BLOCK, BLOCK).amax(-1).clamp(min=1e-7)
                 along.semilogy(
-                    torch.arange(len(blocks)) * 16,
+                    torch.arange(len(blocks)) * BLOCK,
                     blocks,
                     style,
                     color=line.get_color(),
@@ -110,6 +113,10 @@ def draw(model: PreTrainedModel, ids: torch.Tensor, groups: list[int], passes: i
     pyplot.close(figure)
 
 
+def flat(value: int | list[int]) -> list[int]:
+    return value if isinstance(value, list) else [value]
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,6 +130,12 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=40, help="in the picture")
     parser.add_argument("--picture", type=Path, default=Path("solvers.png"))
     arguments = parser.parse_args()
+    for option in ("batch_sizes", "texts", "groups", "pairs", "passes"):
+        if min(flat(getattr(arguments, option))) < 1:
+            raise RunError(f"--{option} must be at least 1.")
+    if arguments.length < BLOCK:
+        raise RunError(f"--length must be at least {BLOCK}.")
+    arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(arguments.checkpoint).eval(), load_tokenizer(arguments.checkpoint)
     if getattr(model.config, "feedback", None) is None:
         raise RunError(f"{arguments.checkpoint} has no feedback: there is nothing to solve.")

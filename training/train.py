@@ -7,6 +7,7 @@ The options are those below and everything transformers' TrainingArguments offer
 command again goes on from there. The output folder then holds a checkpoint that `from_pretrained` loads.
 """
 
+import contextlib
 import copy
 import json
 import signal
@@ -275,6 +276,10 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
             model = continued_model(arguments, model, feedback)
     except (StrictDataclassError, ValueError) as error:
         raise RunError(str(error.__cause__ or error)) from error
+    if warm_start(arguments) and getattr(model.config, "feedback", None) is None:
+        raise RunError("--warm_start is for a model that feeds its hidden state back, and this one has no feedback.")
+    if warm_start(arguments) and model.config.feedback_source != "hidden_state":
+        raise RunError("--warm_start is for a model that feeds its hidden state back, not the embedding.")
     model = choose_trainable(model, arguments)
     text_config = model.config.get_text_config()
     if len(tokenizer) > text_config.vocab_size:
@@ -297,8 +302,22 @@ def choose_trainable(model: PreTrainedModel, arguments: ModelArguments) -> PreTr
         raise RunError(f"--trainable {trainable} does not exist; choose from everything, fusion, lora.")
     if trainable == "everything":
         return model
-    if getattr(model.config, "feedback", None) is None or not arguments.model_name_or_path:
+    if not arguments.model_name_or_path:
         raise RunError(f"--trainable {trainable} is for feedback around a checkpoint (--model_name_or_path).")
+    if getattr(model.config, "feedback", None) is None:
+        raise RunError(f"--trainable {trainable} is for a model with feedback; choose a --preset that has it.")
+    drawn = model.config.pass_probabilities
+    if trainable == "lora" and drawn is not None:
+        raise RunError(
+            "--trainable lora keeps no count of batches in its checkpoints, from which the number of passes is drawn; "
+            "leave out pass_probabilities."
+        )
+    plain = model.config.num_no_grad_passes == 0 and (drawn[0] > 0 if drawn else model.config.num_passes == 1)
+    if trainable == "fusion" and plain:
+        raise RunError(
+            "--trainable fusion has nothing to learn from a plain pass: with a warm start the first epoch is plain, "
+            "and so is a batch of one pass. Train everything, or use --preset stateful."
+        )
     if trainable == "lora":
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["feedback"]))
     model.requires_grad_(False)
@@ -563,7 +582,9 @@ def train(
     warm = isinstance(trainer, WindowTrainer) and trainer.state_store and trainer.state.epoch >= 1
     if main_process and warm and not trainer.is_fsdp_enabled:  # Sharded, all processes would have to take part.
         epochs = int(trainer.state.epoch)
-        results["warm_start"] = losses_from_states(model, trainer.train_dataset, trainer.state_store, epochs)
+        with contextlib.suppress(StatesMissing):
+            results["warm_start"] = losses_from_states(model, trainer.train_dataset, trainer.state_store, epochs)
+        trainer.state_store.keep({epochs - 1})  # For a look at them; a finished run does not go on.
     if main_process:
         if any(entry["step"] > 0 for entry in results["log"]):
             draw({results["preset"]: [results]}, folder / "training_curve.png")
@@ -584,13 +605,15 @@ def make_trainer(warm: bool, data_arguments: DataArguments, **arguments) -> Step
     windows = Windows(tokens, data_arguments.block_size, seed, data_arguments.random_offsets)
     store = None
     if warm:
-        if getattr(model.config, "feedback_source", None) != "hidden_state":
-            raise RunError("--warm_start is for a model that feeds its hidden state back.")
         # Filled up to whole batches for every process, tokens would be visited twice in an epoch.
         training_arguments.dataloader_drop_last |= training_arguments.world_size > 1
         try:
             store = StateStore(
-                Path(training_arguments.output_dir, "states"), windows.num_tokens, model.config.hidden_size
+                Path(training_arguments.output_dir, "states"),
+                windows.num_tokens,
+                model.config.hidden_size,
+                # Two for the run and, if it stands elsewhere, two for each checkpoint.
+                epochs=2 + 2 * (training_arguments.save_total_limit or 1),
             )
         except OSError as error:
             raise RunError(str(error)) from error

@@ -14,7 +14,6 @@ model is trained on grows one token deeper with every epoch. In the first, where
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,19 +74,19 @@ class StateStore:
     writing.
 
     Raises:
-        OSError: if the disk has no room for the files of two epochs, or the folder has states of another text or width.
+        OSError: if the disk has no room for `epochs` files, or the folder has states of another text or width.
     """
 
-    def __init__(self, folder: str | Path, num_tokens: int, width: int):
+    def __init__(self, folder: str | Path, num_tokens: int, width: int, epochs: int = 2):
         self.folder, self.shape = Path(folder), (num_tokens, width)
         self.files: dict[int, torch.Tensor] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         present = sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.bf16"))
-        needed, free = 2 * self.size - present, shutil.disk_usage(self.folder).free
+        needed, free = epochs * self.size - present, shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
-                f"The states of {num_tokens:,} tokens, {width} wide, take twice {self.size / 1e9:.1f} GB; there are "
-                f"{free / 1e9:.1f} GB left for {self.folder}. Use less text, a narrower model or another disk."
+                f"The states of {num_tokens:,} tokens, {width} wide, take {epochs} times {self.size / 1e9:.1f} GB; "
+                f"{free / 1e9:.1f} GB are left for {self.folder}. Use less text, a narrower model or another disk."
             )
 
     @property
@@ -103,14 +102,15 @@ class StateStore:
         before; None in the first. Zeros where a token was not visited.
 
         Raises:
-            StatesMissing: if the file of the epoch before is gone.
+            StatesMissing: if the file of the epoch before is gone or damaged.
         """
         if epoch == 0:
             return None
-        if epoch - 1 not in self.files and not self.path(epoch - 1).exists():
+        path = self.path(epoch - 1)
+        if epoch - 1 not in self.files and (not path.exists() or path.stat().st_size != self.size):
             raise StatesMissing(
-                f"{self.path(epoch - 1)} is missing: epoch {epoch} starts from the states that it held. Put it back, "
-                f"or start anew in another output folder."
+                f"{path} is {'damaged' if path.exists() else 'missing'}: epoch {epoch} starts from the states that it "
+                f"held. Put it back, or start anew in another output folder."
             )
         return self.file(epoch - 1)[self.places(start, length)]
 
@@ -134,11 +134,11 @@ class StateStore:
             self.files[epoch] = torch.from_numpy(numbers).view(torch.bfloat16)
         return self.files[epoch]
 
-    def forget_before(self, epoch: int) -> None:
-        """Deletes the files of the epochs before `epoch`."""
-        self.files = {number: file for number, file in self.files.items() if number >= epoch}
+    def keep(self, epochs: set[int]) -> None:
+        """Deletes the files of all other epochs."""
+        self.files = {number: file for number, file in self.files.items() if number in epochs}
         for path in self.folder.glob("epoch-*.bf16"):
-            if int(path.stem.removeprefix("epoch-")) < epoch:
+            if int(path.stem.removeprefix("epoch-")) not in epochs:
                 path.unlink(missing_ok=True)
 
 
@@ -197,7 +197,7 @@ class NextEpoch(TrainerCallback):
     def on_train_begin(self, args, state: TrainerState, control, **kwargs):
         if self.store is not None and state.global_step == 0:
             with PartialState().main_process_first():
-                self.store.forget_before(sys.maxsize)  # Of a run that came to nothing.
+                self.store.keep(set())  # Of a run that came to nothing.
 
     def on_epoch_begin(self, args, state: TrainerState, control, **kwargs):
         epoch = int(state.epoch or 0)
@@ -207,9 +207,9 @@ class NextEpoch(TrainerCallback):
         processes = PartialState()
         processes.wait_for_everyone()  # What another process has written is read from now on.
         if processes.is_main_process:
-            # A checkpoint of epoch e needs the states of epoch e - 1.
-            epochs = [saved.epoch or 0 for saved in map(saved_state, sort_checkpoints(args.output_dir)) if saved]
-            self.store.forget_before(int(min([epoch, *epochs])) - 1)
+            # In epoch e, a run reads the states of epoch e - 1 and has written some of epoch e.
+            saved = [state.epoch or 0 for state in map(saved_state, sort_checkpoints(args.output_dir)) if state]
+            self.store.keep({int(e) - before for e in [epoch, *saved] for before in (0, 1)})
 
 
 def saved_state(checkpoint: str) -> TrainerState | None:
