@@ -302,7 +302,7 @@ def test_the_exact_evaluation_is_exported_for_one_length_and_solving_to_a_tolera
     model.config.num_groups = 2
     cyclic = {"solver": "cyclic", "num_passes": 3}
     with torch.no_grad():
-        program = exported(model, ids, dynamic=False, **cyclic)
+        program = exported(model, tokens(2, 5, seed=2), dynamic=False, **cyclic)
         other = {"input_ids": tokens(2, 5, seed=1), "use_cache": False, **cyclic}
         torch.testing.assert_close(program(**other).logits, model(**other).logits, **CLOSE)
     model.config.decode_mode, model.config.prefill_passes = "passes", 2

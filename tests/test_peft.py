@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import BACKBONES, FUSIONS, stateful, text_config, tokens
+from tiny import BACKBONES, FUSIONS, JACOBI, stateful, text_config, tokens
 from transformers import AutoModelForCausalLM
 
 from modeling_stateful_gpt import GateLoopForCausalLM, StatefulGPTForCausalLM
@@ -252,7 +252,7 @@ def test_a_trained_model_is_given_a_state_by_lora_and_a_fusion_trained_fully(tmp
     plain = AutoModelForCausalLM.from_config(BACKBONES["llama"]()).eval()
     ids = tokens(4, 12)
     expected, language_model = logits(plain, ids), copy.deepcopy(plain.base_model.state_dict())
-    model = StatefulGPTForCausalLM.from_backbone(plain, feedback="correction")
+    model = StatefulGPTForCausalLM.from_backbone(plain, feedback="correction", **JACOBI, num_passes=2)
     model = peft.get_peft_model(model, lora(modules_to_save=["feedback"]))
     torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=0)
     assert ends(model) == {"self_attn.q_proj", "self_attn.v_proj"}  # not within the fusion, which is trained itself
@@ -305,7 +305,8 @@ def test_unloaded_a_model_is_as_it_was(name):
     ids = tokens(2, 6)
     unloaded = adapted(small(name), lora(target_modules="all-linear")).unload()
     torch.testing.assert_close(unloaded.state_dict(), small(name).state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(logits(unloaded, ids), logits(small(name), ids), rtol=0, atol=0)
+    # To the last bit, small products depend on where in memory the weights lie.
+    torch.testing.assert_close(logits(unloaded, ids), logits(small(name), ids), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.client("peft", "several adapters")

@@ -11,6 +11,7 @@ import unittest
 import pytest
 import torch
 from fetch_transformers_tests import FOLDER
+from tiny import JACOBI
 from transformers import LlamaConfig, PreTrainedConfig
 
 import modeling_stateful_gpt
@@ -115,7 +116,7 @@ class Stateful(Common):
 
     def config(self) -> PreTrainedConfig:
         # Solved until nothing changes, as the tests compare to 1e-5.
-        return StatefulGPTConfig(text_config=super().config(), tolerance=0.0)
+        return StatefulGPTConfig(text_config=super().config(), tolerance=0.0, **JACOBI, num_passes=2)
 
 
 class Llama:
