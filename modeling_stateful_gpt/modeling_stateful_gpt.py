@@ -287,9 +287,9 @@ def in_order(outputs: list[dict], parts: list[slice], length: int) -> dict:
     result = {}
     for name, dim in (("hidden_states", 1), ("attentions", 2)):
         layers = zip(*(output[name] for output in outputs), strict=True) if outputs[0][name] else ()
-        result[name] = (
-            tuple(torch.cat(pieces, dim).index_select(dim, order.to(pieces[0].device)) for pieces in layers) or None
-        )
+        # Layers that were not asked for are None.
+        whole = (None if p[0] is None else torch.cat(p, dim).index_select(dim, order.to(p[0].device)) for p in layers)
+        result[name] = tuple(whole) or None
     return result
 
 
