@@ -437,7 +437,7 @@ def test_classification_is_learned(name, kind, tmp_path):
     trainer = Trainer(
         model_class.from_pretrained(save(learned(name), tmp_path), num_labels=2),
         TrainingArguments(
-            tmp_path, max_steps=120, per_device_train_batch_size=32, learning_rate=1e-2, logging_steps=10,
+            tmp_path, max_steps=240, per_device_train_batch_size=32, learning_rate=1e-2, logging_steps=10,
             use_cpu=True, report_to="none", disable_tqdm=True,
         ),
         data_collator=collator(chat_tokenizer()),
