@@ -184,10 +184,11 @@ def allowed_change(tolerance: float, residuals: list[float]) -> float:
     """The change in the last pass after which all further changes will add up to no more than `tolerance`.
 
     Residuals that shrink by a factor ρ with each pass add up to ρ / (1 - ρ) times the last one. As ρ is an estimate,
-    from the last two, no more than the tolerance is allowed, however fast they shrink.
+    from the last two, and what settled before passes on its own error, only half the tolerance is planned for; and no
+    more than that is allowed, however fast they shrink.
     """
     *_, before, last = [2 * residuals[0], *residuals]
-    return tolerance * min(max(before - last, 0.0) / last, 1.0) if last > 0 else tolerance
+    return tolerance / 2 * min(max(before - last, 0.0) / last, 1.0) if last > 0 else tolerance / 2
 
 
 @torch.no_grad()

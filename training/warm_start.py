@@ -176,16 +176,27 @@ def losses_from_states(
     model: PreTrainedModel, windows: Windows, store: StateStore, epochs: int, batch: int = 64
 ) -> dict:
     """Whether the model that was trained is the one that is decoded: the loss in nats of the first `batch` windows of
-    the epoch that comes after `epochs`, in one pass `from_states` of the last of those, and `stepped`."""
+    the epoch that comes after `epochs`.
+
+    Returns:
+        `from_states`: in one pass from the states that the last of those epochs left, under dropout and by a model that
+        was still learning. `from_states_computed_anew`: in one pass from those that a first such pass gives, without
+        dropout and by the finished model. `stepped`: as the model decodes.
+    """
     windows.set_epoch(epochs)
     inputs = collate([windows[i] for i in range(min(batch, len(windows)))])
     states = store.read(epochs, inputs.pop("start"), windows.block_size)
     del inputs["epoch"]
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     model.eval()
-    from_states = model(**inputs, initial_states=states.to(model.device), num_passes=1, use_cache=False)
+    kept = model(**inputs, initial_states=states.to(model.device), num_passes=1, use_cache=False)
+    anew = model(**inputs, initial_states=kept.states, num_passes=1, use_cache=False)
     stepped = model(**inputs, solver="sequential", use_cache=False)
-    return {"from_states": from_states.loss.item(), "stepped": stepped.loss.item()}
+    return {
+        "from_states": kept.loss.item(),
+        "from_states_computed_anew": anew.loss.item(),
+        "stepped": stepped.loss.item(),
+    }
 
 
 class NextEpoch(TrainerCallback):
