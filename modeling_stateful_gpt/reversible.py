@@ -1,0 +1,383 @@
+"""A recurrent cell whose past is computed again from its future, bit for bit, instead of stored.
+
+The state has two halves, coupled in time so that it can be run backwards whatever `f1` and `f2` are:
+
+    s1' = s1 + f1(s2, x)        s2 = s2' - f2(s1', x)
+    s2' = s2 + f2(s1', x)       s1 = s1' - f1(s2, x)
+
+(the coupling of Dinh et al. 2014, arXiv 1410.8516, over time: MacKay et al. 2018, arXiv 1810.10999). In floating point
+`(s + u) - u` is not `s`, and the differences grow; so the state is held in fixed point, as int64 multiples of
+2^-`FRACTION_BITS`, to which `f1` and `f2` are rounded. Gradients treat the rounding as the identity.
+
+A state is one tensor `[B, 2, R, S]`: two halves, S wide, of R rows (see `FORMS`).
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+FRACTION_BITS = 30
+"""The resolution is about 1e-9, and as an update is smaller than 1, 2^33 of them cannot overflow."""
+
+GATE_BITS = 10
+"""Radix of the gates by which a state is multiplied: the longest horizon but "for ever" is 1,024 steps."""
+
+WORD_BITS = 32
+LOWEST = 1 << 20
+"""The buffer of lost bits lies between this and 2^`WORD_BITS` times this; so it is a rANS coder (Duda 2013, arXiv
+1311.2540) of that range, and `LOWEST << (WORD_BITS + GATE_BITS)` fits into an int64."""
+
+
+class Words:
+    """A stack of the words of `WORD_BITS` bits that have left the buffers of forgetting states."""
+
+    def __init__(self) -> None:
+        self.words = torch.empty(1024, dtype=torch.int32)
+        self.number = 0
+
+    def push(self, words: torch.Tensor) -> None:
+        end = self.number + len(words)
+        if end > len(self.words):
+            self.words = torch.cat([self.words, torch.empty(max(end, len(self.words)), dtype=torch.int32)])
+        self.words[self.number : end] = words
+        self.number = end
+
+    def pop(self, number: int) -> torch.Tensor:
+        self.number -= number
+        return self.words[self.number : self.number + number].to(torch.int64) & ((1 << WORD_BITS) - 1)
+
+
+def fixed_point(x: torch.Tensor) -> torch.Tensor:
+    """`x`, smaller than 2^33, as int64 multiples of 2^-`FRACTION_BITS`."""
+    return (x.to(torch.float64) * (1 << FRACTION_BITS)).round_().to(torch.int64)
+
+
+def floating_point(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return values.to(dtype) * 2.0**-FRACTION_BITS
+
+
+def gate(r: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """`σ(r)` as int64 multiples of 2^-`GATE_BITS`, at least one; 1 on padding."""
+    z = (r.sigmoid() * (1 << GATE_BITS)).round_().clamp_(min=1).to(torch.int64)
+    return z if real is None else z.masked_fill(~real, 1 << GATE_BITS)
+
+
+class Additive:
+    """`s' = s + σ(p) tanh(q)`: nothing is ever forgotten, and nothing need be kept to undo it."""
+
+    parts = 2
+    """Pre-activations for each unit of the state."""
+
+    @staticmethod
+    def initial(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """The empty state of shape `[..., R, S]`."""
+        return torch.zeros(*shape[:-1], 1, shape[-1], dtype=torch.int64, device=device)
+
+    @staticmethod
+    def increment(a: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        p, q = a.chunk(2, -1)
+        u = fixed_point(p.sigmoid() * q.tanh())
+        return u if real is None else u.masked_fill(~real, 0)
+
+    @classmethod
+    def write(cls, half: torch.Tensor, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> torch.Tensor:
+        """The half `[B, R, S]` after the pre-activations `a` `[B, parts · S]`; as it is where `real` `[B, 1]` is False.
+        What it loses is pushed onto `words`, if there are any."""
+        return half + cls.increment(a, real)[:, None]
+
+    @classmethod
+    def undo(cls, half: torch.Tensor, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> torch.Tensor:
+        """The half before `write`."""
+        return half - cls.increment(a, real)[:, None]
+
+    @staticmethod
+    def derivatives(
+        half: torch.Tensor, a: torch.Tensor, real: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the new half by each part of `a`, `[..., parts, S]`, and by the old half `[..., S]` (None: 1 everywhere).
+        `half` is the old one in floating point."""
+        p, q = a.chunk(2, -1)
+        gate, candidate = p.sigmoid(), q.tanh()
+        by_a = torch.stack([gate * (1 - gate) * candidate, gate * (1 - candidate.square())], -2)
+        return by_a if real is None else by_a.masked_fill(~real[..., None], 0), None
+
+
+class Forgetting:
+    """`s' = z s + σ(p) tanh(q)` with a gate `z = σ(r)` in multiples of 2^-`GATE_BITS` (MacKay et al. 2018, section 4).
+
+    To multiply by z, the lowest `GATE_BITS` bits of s go into a buffer, s is divided by 2^`GATE_BITS` and multiplied by
+    z; and as the result is then a multiple of z, it can take log2(z) bits from the buffer. So a step loses
+    `GATE_BITS - log2 z` bits for each unit. Whole words of them leave the buffer.
+
+    R = 2 rows: the values, and the buffers.
+    """
+
+    parts = 3
+
+    @staticmethod
+    def initial(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        state = torch.zeros(*shape[:-1], 2, shape[-1], dtype=torch.int64, device=device)
+        state[..., 1, :] = LOWEST
+        return state
+
+    @staticmethod
+    def gate_and_increment(a: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        size = a.shape[-1] // 3
+        return gate(a[..., 2 * size :], real), Additive.increment(a[..., : 2 * size], real)
+
+    @classmethod
+    def write(cls, half: torch.Tensor, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> torch.Tensor:
+        z, u = cls.gate_and_increment(a, real)
+        values, buffer = half.unbind(1)
+        lost = values & ((1 << GATE_BITS) - 1)
+        full = (buffer << GATE_BITS) + lost
+        overflow = full >= z * (LOWEST << WORD_BITS)
+        if words is not None:
+            words.push(buffer[overflow].to(torch.int32))
+        full = torch.where(overflow, (buffer >> WORD_BITS << GATE_BITS) + lost, full)
+        quotient = full.div(z, rounding_mode="floor")
+        values = (values >> GATE_BITS) * z + (full - quotient * z) + u
+        return torch.stack([values, quotient], 1)
+
+    @classmethod
+    def undo(cls, half: torch.Tensor, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> torch.Tensor:
+        if words is None:
+            raise ValueError("A forgetting state cannot be run backwards without the words that it has lost.")
+        z, u = cls.gate_and_increment(a, real)
+        values, buffer = half.unbind(1)
+        values = values - u
+        quotient = values.div(z, rounding_mode="floor")
+        full = buffer * z + (values - quotient * z)
+        values = (quotient << GATE_BITS) + (full & ((1 << GATE_BITS) - 1))
+        buffer = full >> GATE_BITS
+        if (overflowed := buffer < LOWEST).any():
+            buffer = buffer.clone()
+            buffer[overflowed] = (buffer[overflowed] << WORD_BITS) + words.pop(int(overflowed.sum()))
+        return torch.stack([values, buffer], 1)
+
+    @staticmethod
+    def derivatives(
+        half: torch.Tensor, a: torch.Tensor, real: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        size = a.shape[-1] // 3
+        by_update, _ = Additive.derivatives(half, a[..., : 2 * size], real)
+        r = a[..., 2 * size :]
+        by_r = half * r.sigmoid() * (1 - r.sigmoid())
+        by_r = by_r if real is None else by_r.masked_fill(~real, 0)
+        return torch.cat([by_update, by_r[..., None, :]], -2), gate(r, real).to(half.dtype) / (1 << GATE_BITS)
+
+
+FORMS: dict[str, type[Additive] | type[Forgetting]] = {"additive": Additive, "forgetting": Forgetting}
+"""How a half is changed. A new form is one class here."""
+
+
+def soften(s: torch.Tensor) -> torch.Tensor:
+    """`s / √(1 + mean s²)`: what `f1` and `f2` see of a half, `[..., S]`, so that a sum that grows does not drown x."""
+    return s * (1 + s.square().mean(-1, keepdim=True)).rsqrt()
+
+
+def soften_backward(s: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    r = (1 + s.square().mean(-1, keepdim=True)).rsqrt()
+    return r * gradient - s * (r**3 * (s * gradient).mean(-1, keepdim=True))
+
+
+@torch.no_grad()
+def run(
+    form: type[Additive] | type[Forgetting],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    state: torch.Tensor,
+    real: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    words: Words | None = None,
+    backwards: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the recurrence over T steps, one after the other.
+
+    Args:
+        x: `[T, B, 2, parts · S]`, what the inputs add to the pre-activations of the two halves.
+        weight: `[2, parts · S, S]`: half i adds `weight[i] @ soften(other half)` to those.
+        state: `[B, 2, R, S]` int64: the one before the first step or, `backwards`, after the last.
+        real: `[T, B, 1]`, False on padding, which leaves the state as it is.
+        starts: `[T, B]`, True where a new sequence begins, from an empty state.
+        words: what leaves the buffers of forgetting states is pushed here; `backwards`, it is popped again.
+
+    Returns:
+        The states after each step in floating point, `[T, B, 2, S]`, and the final state or, `backwards`, the one
+        before the first step, bit for bit.
+    """
+    if backwards and starts is not None:
+        raise ValueError("A state cannot be run backwards over the start of a sequence, which has emptied it.")
+    first, second = state.unbind(1)
+    dtype = x.dtype
+    w1, w2 = weight.mT.unbind(0)
+    steps = x.unbind(0)
+    states = torch.empty(*x.shape[:3], weight.shape[-1], dtype=dtype, device=x.device)
+    second_seen = floating_point(second[:, 0], dtype)
+    for t in reversed(range(len(steps))) if backwards else range(len(steps)):
+        x1, x2 = steps[t].unbind(1)
+        here = None if real is None else real[t]
+        if backwards:
+            first_seen = floating_point(first[:, 0], dtype)
+            states[t, :, 0], states[t, :, 1] = first_seen, second_seen
+            second = form.undo(second, torch.addmm(x2, soften(first_seen), w2), here, words)
+            second_seen = floating_point(second[:, 0], dtype)
+            first = form.undo(first, torch.addmm(x1, soften(second_seen), w1), here, words)
+            continue
+        if starts is not None and starts[t].any():
+            empty = form.initial(second[:, 0].shape, x.device)
+            new = starts[t][:, None, None]
+            first, second = torch.where(new, empty, first), torch.where(new, empty, second)
+            second_seen = floating_point(second[:, 0], dtype)
+        first = form.write(first, torch.addmm(x1, soften(second_seen), w1), here, words)
+        first_seen = floating_point(first[:, 0], dtype)
+        second = form.write(second, torch.addmm(x2, soften(first_seen), w2), here, words)
+        second_seen = floating_point(second[:, 0], dtype)
+        states[t, :, 0], states[t, :, 1] = first_seen, second_seen
+    return states, torch.stack([first, second], 1)
+
+
+class Scan(torch.autograd.Function):
+    """`run` with gradients.
+
+    Forwards, the states in floating point are all that is kept. From them, the gates of all steps are computed at once
+    and only the gradients of the states go step by step.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, carrier, state, form, real, starts, words, backwards):
+        states, other = run(form, x, weight, state, real, starts, words, backwards)
+        initial = other if backwards else state
+        ctx.save_for_backward(x, weight, states, floating_point(initial[:, :, 0], x.dtype), real, starts)
+        ctx.form = form
+        ctx.mark_non_differentiable(other)
+        return states, other, states[-1].clone()
+
+    @staticmethod
+    def backward(ctx, states_gradient, _, final_gradient):
+        x, weight, states, initial, real, starts = ctx.saved_tensors
+        before = torch.cat([initial[None], states[:-1]])
+        if starts is not None:
+            before = before.masked_fill(starts[..., None, None], 0)
+        # Half 0 sees half 1 of the step before, half 1 sees half 0 of its own step.
+        seen = torch.stack([before[:, :, 1], states[:, :, 0]])
+        softened = soften(seen)
+        a = x + torch.einsum("htbs,hps->tbhp", softened, weight)
+        by_a, by_half = ctx.form.derivatives(before, a, None if real is None else real[:, :, None])
+        size = weight.shape[-1]
+        w1, w2 = weight.unbind(0)
+        # What does not depend on the gradients that come back: d soften(s) = r g - s (r³ mean(s g)).
+        a_gradient = torch.empty_like(a)
+        g1, g2 = final_gradient.unbind(1)
+        for t in reversed(range(len(x))):
+            g1, g2 = g1 + states_gradient[t, :, 0], g2 + states_gradient[t, :, 1]
+            a2 = (by_a[t, :, 1] * g2[:, None]).flatten(1)
+            g1 = g1 + soften_backward(seen[1, t], a2 @ w2)
+            a1 = (by_a[t, :, 0] * g1[:, None]).flatten(1)
+            a_gradient[t, :, 0], a_gradient[t, :, 1] = a1, a2
+            if by_half is not None:
+                g1, g2 = by_half[t, :, 0] * g1, by_half[t, :, 1] * g2
+            g2 = g2 + soften_backward(seen[0, t], a1 @ w1)
+            if starts is not None:
+                g1, g2 = (g.masked_fill(starts[t][:, None], 0) for g in (g1, g2))
+        weight_gradient = torch.einsum("tbhp,htbs->hps", a_gradient, softened)
+        return a_gradient, weight_gradient, torch.stack([g1, g2], 1), *[None] * 6
+
+
+class ReversibleCell(nn.Module):
+    """The coupled cell: `f1` and `f2` are `σ(p) tanh(q)`, where p and q are linear in x and in the other half, whose
+    size is limited beforehand (`soften`).
+
+    Args:
+        input_size: D, the width of an input.
+        state_size: S, the width of each half of the state.
+        form: `"additive"` or `"forgetting"`; see `FORMS`.
+    """
+
+    LONGEST_HORIZON = 32
+    """The gates of the forgetting form start out with horizons that are spread between 1 and this; see `Magnitude`."""
+
+    def __init__(self, input_size: int, state_size: int, form: str = "additive"):
+        super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"form {form!r} does not exist; choose from {sorted(FORMS)}.")
+        self.form, self.state_size = FORMS[form], state_size
+        self.x_proj = nn.Linear(input_size, 2 * self.form.parts * state_size)
+        # No nn.Linear: adapters (peft) replace those, and this one is not called as a module.
+        self.state_weight = nn.Parameter(torch.empty(2, self.form.parts * state_size, state_size))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float | None = None) -> None:
+        init.normal_(self.state_weight, std=self.state_size**-0.5 if std is None else std)
+        init.zeros_(self.x_proj.bias)
+        if self.form is Forgetting:
+            places = (torch.arange(self.state_size, dtype=torch.float64) + 0.5) / self.state_size
+            horizons = -torch.expm1(-(self.LONGEST_HORIZON**-places)).log() - self.LONGEST_HORIZON**-places
+            init.copy_(self.x_proj.bias.view(2, 3, -1)[:, 2], horizons.expand(2, -1))
+
+    def initial_state(self, batch: int) -> torch.Tensor:
+        """The empty state `[B, 2, R, S]`."""
+        return self.form.initial((batch, 2, self.state_size), self.x_proj.weight.device)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+        carrier: torch.Tensor | None = None,
+        words: Words | None = None,
+        backwards: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A whole sequence.
+
+        Args:
+            x: `[B, T, D]`.
+            state: before the sequence (default: empty) or, `backwards`, after it; int64 `[B, 2, R, S]`.
+            real: `[B, T]`, False on padding, which leaves the state as it is.
+            starts: `[B, T]`, True where a new sequence begins, from an empty state.
+            carrier: `[B, 2, S]`, to which the gradient of the values before the sequence goes; what it holds does not
+                matter.
+            words: what a forgetting state loses; needed to run `backwards`.
+            backwards: from the state after the sequence; outputs and gradients are the same, bit for bit.
+
+        Returns:
+            The states after each input in floating point `[B, T, 2 S]`, the state after the sequence (before it if
+            `backwards`), and the carrier `[B, 2, S]` of its gradient after the sequence.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # A copy begins where all tensors begin: the last bits of a matrix product depend on how its operands are aligned.
+        # Time comes first, so that a step's inputs lie together.
+        inputs = self.x_proj(x.clone()).to(dtype).unflatten(-1, (2, -1)).transpose(0, 1).contiguous()
+        if state is None:
+            state = self.initial_state(len(x))
+        if carrier is None:
+            carrier = inputs.new_zeros(len(x), 2, self.state_size)
+        real = None if real is None or real.all() else real.bool().T[..., None]
+        states, other, carrier = Scan.apply(
+            inputs,
+            self.state_weight.to(dtype),
+            carrier,
+            state,
+            self.form,
+            real,
+            None if starts is None else starts.bool().T,
+            words,
+            backwards,
+        )
+        return states.transpose(0, 1).flatten(2), other, carrier
+
+    def step(
+        self, state: torch.Tensor, x: torch.Tensor, words: Words | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`state` and `x` `[B, D]` → the next state, and it in floating point, `[B, 2 S]`."""
+        states, state, _ = self(x[:, None], state, words=words)
+        return state, states[:, 0]
+
+    def unstep(
+        self, state: torch.Tensor, x: torch.Tensor, words: Words | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Undoes `step(state, x)`: the next state → the state, bit for bit, and what that step gave, `[B, 2 S]`."""
+        states, state, _ = self(x[:, None], state, words=words, backwards=True)
+        return state, states[:, 0]

@@ -1,0 +1,189 @@
+"""The reversible cell: undone bit for bit, and its gradients are those of plain backpropagation through time."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_stateful_gpt.reversible import (
+    FORMS,
+    GATE_BITS,
+    LOWEST,
+    WORD_BITS,
+    ReversibleCell,
+    Words,
+    fixed_point,
+    floating_point,
+    soften,
+)
+
+
+def cell(form, dtype=torch.float64, inputs=5, size=4, scale=3.0):
+    torch.manual_seed(0)
+    made = ReversibleCell(inputs, size, form).to(dtype)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=scale / parameter.shape[-1] ** 0.5)
+    return made
+
+
+def through_time(cell, x, states, real=None, starts=None):
+    """The slow, obvious reference: the equations, with everything stored by autograd. Returns `[B, T, 2 S]`.
+
+    Each result is checked against `states` and takes their value, so that the rounding of the fixed point, as the
+    identity to gradients, is the only difference that is left.
+    """
+
+    def rounded(exact, to):
+        torch.testing.assert_close(exact, to, rtol=1e-6, atol=2 * 2.0 ** (GATE_BITS - 30))
+        return exact + (to - exact).detach()
+
+    def changed(half, a):
+        p, q, *r = a.chunk(cell.form.parts, -1)
+        update = p.sigmoid() * q.tanh()
+        if r:
+            z = r[0].sigmoid()
+            half = half * (z + ((z * 2**GATE_BITS).round().clamp(min=1) / 2**GATE_BITS - z).detach())
+        return half + update
+
+    def limited(s):
+        return s / (1 + s.square().mean(-1, keepdim=True)).sqrt()
+
+    first, second = x.new_zeros(2, len(x), cell.state_size)
+    result = []
+    for t in range(x.shape[1]):
+        if starts is not None:
+            first, second = (s * ~starts[:, t, None] for s in (first, second))
+        here = torch.ones(len(x), 1, dtype=torch.bool) if real is None else real[:, t, None]
+        to_first, to_second = states[:, t].detach().chunk(2, -1)
+        a1, a2 = cell.x_proj(x[:, t]).chunk(2, -1)
+        new_first = changed(first, a1 + limited(second) @ cell.state_weight[0].T)
+        first = rounded(torch.where(here, new_first, first), to_first)
+        new_second = changed(second, a2 + limited(first) @ cell.state_weight[1].T)
+        second = rounded(torch.where(here, new_second, second), to_second)
+        result.append(torch.cat([first, second], -1))
+    return torch.stack(result, 1)
+
+
+@given(st.sampled_from(sorted(FORMS)), st.integers(1, 3), st.integers(1, 40), st.booleans(), st.integers(0, 99))
+@settings(max_examples=60)
+def test_what_is_run_forwards_runs_backwards_bit_for_bit(form, batch, length, padded, seed):
+    torch.manual_seed(seed)
+    dtype = (torch.float32, torch.float64)[seed % 2]
+    made, words = cell(form, dtype, scale=5.0), Words()
+    x = torch.randn(batch, length, 5, dtype=dtype)
+    real = torch.rand(batch, length) < 0.7 if padded else None
+    before = made(x.flip(1), words=words)[1]
+    kept = words.number
+    states, after, _ = made(x, before, real, words=words)
+    again, undone, _ = made(x, after, real, words=words, backwards=True)
+    assert torch.equal(undone, before) and torch.equal(again, states) and words.number == kept
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_long_past_is_undone_step_by_step_as_well(form):
+    made, words = cell(form, torch.float32), Words()
+    inputs = torch.randn(3000, 2, 5)
+    state = made.initial_state(2)
+    for x in inputs:
+        state, _ = made.step(state, x, words)
+    assert not torch.equal(state, made.initial_state(2))
+    for x in inputs.flip(0):
+        state, _ = made.unstep(state, x, words)
+    assert torch.equal(state, made.initial_state(2)) and words.number == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch, length", [(1, 1), (1, 7), (3, 33)])
+@pytest.mark.parametrize("inputs", ["plain", "padded", "packed", "both"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_states_and_gradients_are_those_of_plain_backpropagation_through_time(
+    form, dtype, batch, length, inputs, backwards
+):
+    made = cell(form, dtype, scale=1.0)
+    x = torch.randn(batch, length, 5, dtype=dtype)
+    real = torch.rand(batch, length) < 0.7 if inputs in ("padded", "both") else None
+    starts = torch.rand(batch, length) < 0.2 if inputs in ("packed", "both") else None
+    weights = torch.randn(batch, length, 8, dtype=dtype)
+
+    def gradients(states, x):
+        (states * weights).sum().backward()
+        found = [x.grad.clone(), *(p.grad.clone() for p in made.parameters())]
+        made.zero_grad()
+        return found
+
+    ours, reference = (x.clone().requires_grad_() for _ in range(2))
+    if backwards:
+        if starts is not None:
+            with pytest.raises(ValueError, match="over the start of a sequence"):
+                made(x, None, real, starts, words=Words(), backwards=True)
+            return
+        words = Words()
+        after = made(x, None, real, words=words)[1]
+        states = made(ours, after, real, words=words, backwards=True)[0]
+    else:
+        states = made(ours, None, real, starts)[0]
+    expected = through_time(made, reference, states, real, starts)
+    limit = 1e-11 if dtype == torch.float64 else 2e-5
+    for mine, theirs in zip(gradients(states, ours), gradients(expected, reference), strict=True):
+        assert (mine - theirs).norm() <= limit * (1 + theirs.norm())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gradient_reaches_the_state_before_through_its_carrier(form):
+    """In pieces, each with its own backward pass, the gradients are those of the whole."""
+    made = cell(form, scale=1.0)
+    x = torch.randn(2, 24, 5, dtype=torch.float64)
+    weights = torch.randn(2, 24, 8, dtype=torch.float64)
+
+    whole = x.clone().requires_grad_()
+    (made(whole)[0] * weights).sum().backward()
+    expected = [whole.grad, *(p.grad.clone() for p in made.parameters())]
+    made.zero_grad()
+
+    words, state = Words(), None
+    with torch.no_grad():
+        for piece in x.split(7, 1):
+            _, state, _ = made(piece, state, words=words)
+    pieces = x.clone().requires_grad_()
+    gradient = torch.zeros(2, 2, 4, dtype=torch.float64)
+    for piece, weight in reversed(list(zip(pieces.split(7, 1), weights.split(7, 1), strict=True))):
+        carrier = torch.zeros_like(gradient, requires_grad=True)
+        states, state, after = made(piece, state, carrier=carrier, words=words, backwards=True)
+        torch.autograd.backward([(states * weight).sum(), after], [None, gradient])
+        gradient = carrier.grad
+    assert torch.equal(state, made.initial_state(2))
+    for mine, theirs in zip([pieces.grad, *(p.grad for p in made.parameters())], expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_a_forgetting_state_stores_what_it_forgets_and_no_more():
+    """-log2(z) bits for each unit in each step, and what is in the buffers."""
+    made, words = cell("forgetting", torch.float32, size=64, scale=0.5), Words()
+    x = torch.randn(1, 2000, 5)
+    states, state, _ = made(x, words=words)
+    a = made.x_proj(x[:, 1:]).unflatten(-1, (2, 3, 64))[..., 2, :]
+    halves = soften(states.unflatten(-1, (2, 64)))
+    seen = torch.stack([halves[:, :-1, 1], halves[:, 1:, 0]], 2)
+    a = a + torch.einsum("bths,hps->bthp", seen, made.state_weight[:, 128:])
+    lost = -a.sigmoid().log2().sum().item()
+    stored = words.number * WORD_BITS + (state[:, :, 1] / LOWEST).log2().sum().item()
+    assert stored == pytest.approx(lost, rel=0.01)
+
+
+def test_without_the_lost_bits_a_forgetting_state_is_not_run_backwards():
+    made = cell("forgetting")
+    with pytest.raises(ValueError, match="without the words"):
+        made.unstep(made.initial_state(1), torch.zeros(1, 5, dtype=torch.float64))
+
+
+@given(st.integers(-(2**40), 2**40))
+def test_fixed_point_numbers_are_exact(number):
+    value = torch.tensor([number])
+    assert torch.equal(fixed_point(floating_point(value, torch.float64)), value)
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="choose from"):
+        ReversibleCell(4, 4, "subtractive")
