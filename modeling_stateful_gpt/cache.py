@@ -18,8 +18,6 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from .gate_loop import gate_loop
-
 
 class LastHiddenStateLayer(DynamicSlidingWindowLayer):
     """The state that the next step feeds back, as one more layer behind the language model's own.
@@ -119,14 +117,13 @@ def append(cache: Cache, scattered: Cache, length: int | None = None) -> None:
         cache.update(layer.keys[:, :, where], layer.values[:, :, where], number)
 
 
-class GateLoopStateLayer(CacheLayerMixin):
-    """The state of a GateLoop layer: a few numbers for each head, however long the sequence.
+class RecurrentStateLayer(CacheLayerMixin):
+    """The state of a recurrent layer, which has the batch first and does not grow with the sequence.
 
     While the past is recorded, it also keeps the inputs of the tokens since the last `crop`, so that `crop` can run the
     recurrence again over those that remain.
     """
 
-    _layer_type = "gateloop"
     is_compileable = True
     is_croppable = True
     supports_early_init = False
@@ -143,18 +140,19 @@ class GateLoopStateLayer(CacheLayerMixin):
         self.recorded: dict[str, torch.Tensor] | None = None
 
     def update(  # type: ignore[override]
-        self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, g: torch.Tensor, phase: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs the recurrence on from the state (arguments as in `gate_loop`); returns y and the new state."""
-        self.device = k.device
-        self.seen += k.shape[1]
+        self, x: torch.Tensor, recur: Callable[..., tuple[torch.Tensor, torch.Tensor]], **inputs: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the recurrence on from the state, None at first: `recur(state, x=x, **inputs)` gives the output and the
+        new state, which are returned. All inputs are `[B, T, …]`."""
+        self.device, self.recur = x.device, recur
+        self.seen += x.shape[1]
+        inputs = {"x": x, **{name: z for name, z in inputs.items() if z is not None}}
         if self.record_past:
-            new = {name: z for name, z in (("k", k), ("v", v), ("g", g), ("phase", phase)) if z is not None}
             if self.recorded is None:
-                self.state_before, self.recorded = self.state, new
+                self.state_before, self.recorded = self.state, inputs
             else:
-                self.recorded = {name: torch.cat([z, new[name]], dim=1) for name, z in self.recorded.items()}
-        y, self.state = gate_loop(q, k, v, g, phase, initial_state=self.state, output_final_state=True)
+                self.recorded = {name: torch.cat([z, inputs[name]], dim=1) for name, z in self.recorded.items()}
+        y, self.state = recur(self.state, **inputs)
         return y, self.state
 
     def activate_past_recording(self) -> None:
@@ -164,7 +162,7 @@ class GateLoopStateLayer(CacheLayerMixin):
         """Takes back the last `-tokens_to_remove` tokens, at most those since the last crop."""
         if tokens_to_remove > 0:
             raise ValueError("Say how many tokens to remove as a negative number.")
-        recorded = self.recorded["k"].shape[1] if self.recorded is not None else 0
+        recorded = self.recorded["x"].shape[1] if self.recorded is not None else 0
         if (keep := recorded + tokens_to_remove) < 0:
             raise RuntimeError(
                 f"Cannot remove {-tokens_to_remove} tokens: {recorded} were recorded since the last crop. Call "
@@ -175,7 +173,7 @@ class GateLoopStateLayer(CacheLayerMixin):
             self.state = self.state_before
             if keep > 0:
                 kept = {name: z[:, :keep] for name, z in self.recorded.items()}
-                _, self.state = gate_loop(kept["k"], **kept, initial_state=self.state_before, output_final_state=True)
+                _, self.state = self.recur(self.state_before, **kept)
         self.state_before = self.recorded = None
 
     def lazy_initialization(self, *args, **kwargs) -> None:
@@ -213,24 +211,34 @@ class GateLoopStateLayer(CacheLayerMixin):
             self.recorded = {name: change(z) for name, z in self.recorded.items()}
 
 
-# As it never grows, it serves a static cache as well.
+class GateLoopStateLayer(RecurrentStateLayer):
+    _layer_type = "gateloop"
+
+
+class ReversibleStateLayer(RecurrentStateLayer):
+    _layer_type = "reversible"
+
+
+RECURRENT_LAYER_TYPES = (GateLoopStateLayer._layer_type, ReversibleStateLayer._layer_type)
+# As they never grow, they serve a static cache as well.
 STATIC_LAYER_TYPE_MAPPING["gateloop"] = GateLoopStateLayer
+STATIC_LAYER_TYPE_MAPPING["reversible"] = ReversibleStateLayer
 
 
 def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
     """Gives a cache that was made without a configuration, and is empty, the layers that `config` asks for.
 
     Raises:
-        ValueError: for a cache with keys and values where the model has a GateLoop layer.
+        ValueError: for a cache with keys and values where the model has a layer with a state.
     """
     if not cache.layers:
         cache.layers = DynamicCache(config=config).layers
     layer_types = getattr(config, "layer_types", None) or []
     for number, (layer_type, layer) in enumerate(zip(layer_types, cache.layers, strict=False)):
         # Not isinstance: loaded as remote code, this file may be imported twice.
-        if layer_type == "gateloop" and getattr(layer, "_layer_type", None) != "gateloop":
+        if layer_type in RECURRENT_LAYER_TYPES and getattr(layer, "_layer_type", None) != layer_type:
             raise ValueError(
-                f"The cache holds keys and values for layer {number}, a GateLoop layer, whose past is a state. Make it "
+                f"The cache holds keys and values for layer {number}, a {layer_type} layer, whose past is a state. Make it "
                 f"by DynamicCache(config=model.config). A prefix of keys and values (peft's PrefixTuningConfig) cannot "
                 f"be given to such a model; PromptTuningConfig, PromptEncoderConfig and LoraConfig can."
             )

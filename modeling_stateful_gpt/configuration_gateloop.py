@@ -14,13 +14,15 @@ class GateLoopConfig(PreTrainedConfig):
     it is a plain GPT.
 
     Args:
-        layer_types: one entry per layer, each a key of `TOKEN_MIXERS` in `modeling_gateloop.py`: `"full_attention"` or
-            `"gateloop"`, in any mixture.
+        layer_types: one entry per layer, each a key of `TOKEN_MIXERS` in `modeling_gateloop.py`: `"full_attention"`,
+            `"gateloop"` or `"reversible"`, in any mixture.
         gateloop_num_heads: heads of the GateLoop layers, each with one transition and a state of
             `(hidden_size / gateloop_num_heads)²` numbers; as many as channels by default.
         state_transition: what the GateLoop layers multiply their state by: `"complex"`, `"signed"` (real), `"positive"`
             or `"cartesian"`, a key of `TRANSITIONS` in `modeling_gateloop.py`.
         gateloop_output_norm: a LayerNorm over what the GateLoop layers read from their state.
+        reversible_form: how the reversible layers change their state: `"additive"` or `"forgetting"`, a key of `FORMS`
+            in `reversible.py`.
         num_key_value_heads: fewer than `num_attention_heads` for grouped-query attention.
         position_embedding_type: `"rope"`, or `"none"`: no positions but those that the causal mask implies.
         mlp_type: `"gelu"` or `"swiglu"`, a key of `MLPS` in `modeling_gateloop.py`; `mlp_bias`: whether it has biases.
@@ -41,6 +43,7 @@ class GateLoopConfig(PreTrainedConfig):
     gateloop_num_heads: int | None = None
     state_transition: str = "complex"
     gateloop_output_norm: bool = True
+    reversible_form: str = "additive"
     position_embedding_type: str = "rope"
     rope_parameters: RopeParameters | dict | None = None
     mlp_type: str = "gelu"
@@ -99,6 +102,8 @@ class GateLoopConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of gateloop_num_heads "
                 f"({self.gateloop_num_heads})."
             )
+        if self.hidden_size % 2 and "reversible" in self.layer_types:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be even: a reversible state has two halves.")
         if self.position_embedding_type not in ("rope", "none"):
             raise ValueError(f"position_embedding_type must be 'rope' or 'none', not {self.position_embedding_type!r}.")
 
@@ -111,7 +116,8 @@ class GateLoopConfig(PreTrainedConfig):
 
 
 # Trainer reads config.json as a PreTrainedConfig when it resumes, and that refuses layer types it has not heard of.
-if "gateloop" not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
-    configuration_utils.ALLOWED_ATTN_LAYER_TYPES += ("gateloop",)
+for layer_type in ("gateloop", "reversible"):
+    if layer_type not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
+        configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (layer_type,)
 AutoConfig.register("gateloop", GateLoopConfig, exist_ok=True)
 GateLoopConfig.register_for_auto_class()

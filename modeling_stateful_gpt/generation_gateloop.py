@@ -3,6 +3,8 @@
 import torch
 from transformers import GenerationMixin, PreTrainedConfig
 
+from .cache import RECURRENT_LAYER_TYPES
+
 
 def position_limit(config: PreTrainedConfig) -> int | None:
     """How many positions the model of `config` can tell apart; None where no layer attends, so that none are told."""
@@ -27,7 +29,8 @@ class RecurrentGenerationMixin(GenerationMixin):
 
     def carries_state(self) -> bool:
         """Whether there is more to carry from step to step than keys and values."""
-        return "gateloop" in (getattr(self.config.get_text_config(), "layer_types", None) or [])
+        layer_types = getattr(self.config.get_text_config(), "layer_types", None) or []
+        return any(layer_type in layer_types for layer_type in RECURRENT_LAYER_TYPES)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -39,6 +39,7 @@ from .configuration_gateloop import GateLoopConfig
 from .gate_loop import gate_loop, linear_scan
 from .generation_gateloop import RecurrentGenerationMixin, position_limit
 from .hub import HubModel
+from .reversible import ReversibleCell
 
 T = TypeVar("T")
 
@@ -294,47 +295,51 @@ class GateLoopLayer(nn.Module):
         return self.o_proj(nn.functional.silu(self.gate_proj(x)) * self.norm(y.flatten(-2)))
 
 
+def create_state_mask(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`real` and `starts` `[B, T]` (see `GateLoopLayer.forward`), None where they would change nothing.
+
+    A token begins a sequence if the mask hides all tokens before it, or, without a mask and a cache, if its
+    position does not follow its predecessor's.
+
+    Raises:
+        ValueError: for a mask that is not `[B, past + T]`.
+    """
+    batch, length, _ = inputs_embeds.shape
+    if attention_mask is not None:
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        compiling = torch.compiler.is_compiling()
+        if attention_mask.ndim != 2 or (not compiling and attention_mask.shape[1] != past + length):
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}; layers with a state need [batch, past + new tokens], "
+                f"here [{batch}, {past} + {length}], 0 on padding."
+            )
+        if not compiling and attention_mask.all():
+            return None, None
+        real = attention_mask[:, -length:].bool()
+        if not compiling and past == 0:  # Padding leaves the empty state as it is.
+            return real, None
+        return real, real & (attention_mask.long().cumsum(-1)[:, -length:] == 1)
+    if position_ids is not None and past_key_values is None:
+        return None, nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0)).expand(batch, -1)
+    return None, None
+
+
 class GateLoopMixer(GateLoopLayer):
     """The layer as a token mixer of the decoder, its state in the cache."""
+
+    create_mask = staticmethod(create_state_mask)
 
     def __init__(self, config: GateLoopConfig, layer_idx: int):
         super().__init__(
             config.hidden_size, config.gateloop_num_heads, config.state_transition, config.gateloop_output_norm
         )
         self.layer_idx = layer_idx
-
-    @staticmethod
-    def create_mask(
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`real` and `starts` of `GateLoopLayer.forward`, None where they would change nothing.
-
-        A token begins a sequence if the mask hides all tokens before it, or, without a mask and a cache, if its
-        position does not follow its predecessor's.
-
-        Raises:
-            ValueError: for a mask that is not `[B, past + T]`.
-        """
-        batch, length, _ = inputs_embeds.shape
-        if attention_mask is not None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            compiling = torch.compiler.is_compiling()
-            if attention_mask.ndim != 2 or (not compiling and attention_mask.shape[1] != past + length):
-                raise ValueError(
-                    f"attention_mask is {list(attention_mask.shape)}; GateLoop layers need [batch, past + new tokens], "
-                    f"here [{batch}, {past} + {length}], 0 on padding."
-                )
-            if not compiling and attention_mask.all():
-                return None, None
-            real = attention_mask[:, -length:].bool()
-            return real, real & (attention_mask.long().cumsum(-1)[:, -length:] == 1)
-        if position_ids is not None and past_key_values is None:
-            return None, nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0)).expand(batch, -1)
-        return None, None
 
     def forward(  # type: ignore[override]
         self,
@@ -348,8 +353,58 @@ class GateLoopMixer(GateLoopLayer):
         if past_key_values is None:
             y, _ = gate_loop(q, k, v, g, phase)
         else:
-            y, _ = past_key_values.update(k, v, self.layer_idx, q=q, g=g, phase=phase)
+            y, _ = past_key_values.update(k, self.recur, self.layer_idx, v=v, q=q, g=g, phase=phase)
         return self.read(hidden_states, y), None
+
+    @staticmethod
+    def recur(
+        state: torch.Tensor | None, x: torch.Tensor, v: torch.Tensor, q: torch.Tensor, g: torch.Tensor, phase=None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return gate_loop(q, x, v, g, phase, initial_state=state, output_final_state=True)
+
+
+class ReversibleMixer(nn.Module):
+    """A reversible cell as a token mixer: its state, after it has been written, is normed, gated and projected.
+
+    The cell reads the residual stream and its own state, not its own output, so that a stack of such layers can be run
+    backwards given the tokens.
+    """
+
+    create_mask = staticmethod(create_state_mask)
+
+    def __init__(self, config: GateLoopConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.cell = ReversibleCell(config.hidden_size, config.hidden_size // 2, config.reversible_form)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: tuple[torch.Tensor | None, torch.Tensor | None],
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """`hidden_states` `[B, T, D]` → the mixed `[B, T, D]`; there are no attention weights."""
+        real, starts = mask
+        if past_key_values is None:
+            y, _ = self.recur(None, hidden_states, real, starts)
+        else:
+            y, _ = past_key_values.update(hidden_states, self.recur, self.layer_idx, real=real, starts=starts)
+        y = self.norm(y.to(hidden_states.dtype))
+        return self.o_proj(nn.functional.silu(self.gate_proj(hidden_states)) * y), None
+
+    def recur(
+        self,
+        state: torch.Tensor | None,
+        x: torch.Tensor,
+        real: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y, state, _ = self.cell(x, state, real, starts)
+        return y, state
 
 
 class SimpleGateLoopLayer(nn.Module):
@@ -399,7 +454,7 @@ class SimpleGateLoopLayer(nn.Module):
         return self.q_proj(normed) * h.to(x.dtype), final_state
 
 
-TOKEN_MIXERS: dict[str, Any] = {"full_attention": Attention, "gateloop": GateLoopMixer}
+TOKEN_MIXERS: dict[str, Any] = {"full_attention": Attention, "gateloop": GateLoopMixer, "reversible": ReversibleMixer}
 
 
 class GELUMLP(nn.Module):
@@ -474,6 +529,8 @@ class GateLoopPreTrainedModel(HubModel):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, (Magnitude, Phase)):
             module.spread()
+        elif isinstance(module, ReversibleCell):
+            module.reset_parameters(self.config.initializer_range)
 
 
 def embed_tokens(embedding: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

@@ -224,7 +224,7 @@ def run(
             second_seen = floating_point(second[:, 0], dtype)
             first = form.undo(first, torch.addmm(x1, soften(second_seen), w1), here, words)
             continue
-        if starts is not None and starts[t].any():
+        if starts is not None:
             empty = form.initial(second[:, 0].shape, x.device)
             new = starts[t][:, None, None]
             first, second = torch.where(new, empty, first), torch.where(new, empty, second)
@@ -313,8 +313,8 @@ class ReversibleCell(nn.Module):
         init.zeros_(self.x_proj.bias)
         if self.form is Forgetting:
             places = (torch.arange(self.state_size, dtype=torch.float64) + 0.5) / self.state_size
-            horizons = -torch.expm1(-(self.LONGEST_HORIZON**-places)).log() - self.LONGEST_HORIZON**-places
-            init.copy_(self.x_proj.bias.view(2, 3, -1)[:, 2], horizons.expand(2, -1))
+            logits = -torch.expm1(self.LONGEST_HORIZON**-places).log()
+            init.copy_(self.x_proj.bias.view(2, 3, -1)[:, 2], logits.expand(2, -1))
 
     def initial_state(self, batch: int) -> torch.Tensor:
         """The empty state `[B, 2, R, S]`."""
@@ -354,14 +354,13 @@ class ReversibleCell(nn.Module):
             state = self.initial_state(len(x))
         if carrier is None:
             carrier = inputs.new_zeros(len(x), 2, self.state_size)
-        real = None if real is None or real.all() else real.bool().T[..., None]
         states, other, carrier = Scan.apply(
             inputs,
             self.state_weight.to(dtype),
             carrier,
             state,
             self.form,
-            real,
+            None if real is None else real.bool().T[..., None],
             None if starts is None else starts.bool().T,
             words,
             backwards,

@@ -13,6 +13,9 @@ MIXTURES = {
     "pure, signed, 4 heads": {"layer_types": ["gateloop"] * 2, "state_transition": "signed", "gateloop_num_heads": 4},
     "gateloop first": {"layer_types": ["gateloop", "full_attention"], "gateloop_num_heads": 2},
     "attention first": {"layer_types": ["full_attention", "gateloop"], "state_transition": "positive"},
+    "reversible": {"layer_types": ["reversible"] * 2},
+    "reversible, forgetting": {"layer_types": ["reversible", "gateloop"], "reversible_form": "forgetting"},
+    "attention first, then reversible": {"layer_types": ["full_attention", "reversible"]},
     "cartesian": {"layer_types": ["gateloop"] * 2, "state_transition": "cartesian", "gateloop_num_heads": 8},
 }
 every_mixture = pytest.mark.parametrize("mixture", MIXTURES)
@@ -148,7 +151,7 @@ def test_a_batch_that_is_repeated_reordered_and_thinned_out_takes_its_state_alon
 @every_mixture
 def test_masks_that_cannot_tell_what_is_padding_are_refused(mixture):
     model, ids = decoder(mixture), tokens(2, 5)
-    with pytest.raises(ValueError, match=r"attention_mask is \[2, 1, 5, 5\]; GateLoop layers need \[batch, past"):
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 1, 5, 5\]; layers with a state need \[batch, past"):
         model(ids, attention_mask=torch.ones(2, 1, 5, 5, dtype=torch.bool))
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"attention_mask is \[2, 3\]; .* here \[2, 5 \+ 3\]"):

@@ -525,7 +525,7 @@ def test_prefixes_of_keys_and_values_work_where_all_layers_attend(name):
 @pytest.mark.parametrize("name", ["hybrid", "stateful around hybrid"])
 def test_prefixes_of_keys_and_values_are_refused_for_layers_with_a_state(name):
     model, ids = peft.get_peft_model(small(name).float(), prefix()), tokens(2, 6)
-    with pytest.raises(ValueError, match=r"a GateLoop layer, whose past is a state.*PrefixTuningConfig.* cannot"):
+    with pytest.raises(ValueError, match=r"a gateloop layer, whose past is a state.*PrefixTuningConfig.* cannot"):
         model(input_ids=ids, labels=ids)
     with pytest.raises(ValueError, match="PromptTuningConfig, PromptEncoderConfig and LoraConfig can"):
         generated(model.eval(), ids)

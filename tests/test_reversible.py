@@ -187,3 +187,10 @@ def test_fixed_point_numbers_are_exact(number):
 def test_an_unknown_form_is_refused():
     with pytest.raises(ValueError, match="choose from"):
         ReversibleCell(4, 4, "subtractive")
+
+
+def test_gates_start_with_horizons_from_one_step_to_the_longest():
+    bias = ReversibleCell(3, 64, "forgetting").x_proj.bias.view(2, 3, 64)
+    horizons = -1 / bias[:, 2].sigmoid().log()
+    assert horizons.min() > 1 and horizons.max() < ReversibleCell.LONGEST_HORIZON and not bias[:, :2].any()
+    torch.testing.assert_close(horizons[0].log().diff(), torch.full((63,), horizons[0].log().diff()[0].item()))
