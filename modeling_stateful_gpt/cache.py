@@ -140,10 +140,10 @@ class RecurrentStateLayer(CacheLayerMixin):
         self.recorded: dict[str, torch.Tensor] | None = None
 
     def update(  # type: ignore[override]
-        self, x: torch.Tensor, recur: Callable[..., tuple[torch.Tensor, torch.Tensor]], **inputs: torch.Tensor | None
+        self, x: torch.Tensor, recur: Callable[..., tuple], **inputs: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the recurrence on from the state, None at first: `recur(state, x=x, **inputs)` gives the output and the
-        new state, which are returned. All inputs are `[B, T, …]`."""
+        """Runs the recurrence on from the state, None at first: `recur(state, x=x, **inputs)` gives first the output
+        and the new state, which are returned. All inputs are `[B, T, …]`."""
         self.device, self.recur = x.device, recur
         self.seen += x.shape[1]
         inputs = {"x": x, **{name: z for name, z in inputs.items() if z is not None}}
@@ -152,7 +152,7 @@ class RecurrentStateLayer(CacheLayerMixin):
                 self.state_before, self.recorded = self.state, inputs
             else:
                 self.recorded = {name: torch.cat([z, inputs[name]], dim=1) for name, z in self.recorded.items()}
-        y, self.state = recur(self.state, **inputs)
+        y, self.state, *_ = recur(self.state, **inputs)
         return y, self.state
 
     def activate_past_recording(self) -> None:
@@ -173,7 +173,7 @@ class RecurrentStateLayer(CacheLayerMixin):
             self.state = self.state_before
             if keep > 0:
                 kept = {name: z[:, :keep] for name, z in self.recorded.items()}
-                _, self.state = self.recur(self.state_before, **kept)
+                _, self.state, *_ = self.recur(self.state_before, **kept)
         self.state_before = self.recorded = None
 
     def lazy_initialization(self, *args, **kwargs) -> None:

@@ -390,7 +390,7 @@ class ReversibleMixer(nn.Module):
         """`hidden_states` `[B, T, D]` → the mixed `[B, T, D]`; there are no attention weights."""
         real, starts = mask
         if past_key_values is None:
-            y, _ = self.recur(None, hidden_states, real, starts)
+            y = self.recur(None, hidden_states, real, starts)[0]
         else:
             y, _ = past_key_values.update(hidden_states, self.recur, self.layer_idx, real=real, starts=starts)
         y = self.norm(y.to(hidden_states.dtype))
@@ -402,9 +402,9 @@ class ReversibleMixer(nn.Module):
         x: torch.Tensor,
         real: torch.Tensor | None = None,
         starts: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        y, state, _ = self.cell(x, state, real, starts)
-        return y, state
+        **more,
+    ) -> tuple[torch.Tensor, ...]:
+        return self.cell(x, state, real, starts, **more)
 
 
 class SimpleGateLoopLayer(nn.Module):
