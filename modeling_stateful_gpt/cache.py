@@ -238,9 +238,9 @@ def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
         # Not isinstance: loaded as remote code, this file may be imported twice.
         if layer_type in RECURRENT_LAYER_TYPES and getattr(layer, "_layer_type", None) != layer_type:
             raise ValueError(
-                f"The cache holds keys and values for layer {number}, a {layer_type} layer, whose past is a state. Make it "
-                f"by DynamicCache(config=model.config). A prefix of keys and values (peft's PrefixTuningConfig) cannot "
-                f"be given to such a model; PromptTuningConfig, PromptEncoderConfig and LoraConfig can."
+                f"The cache holds keys and values for layer {number}, a {layer_type} layer, whose past is a state. "
+                f"Make it by DynamicCache(config=model.config). A prefix of keys and values (PrefixTuningConfig) "
+                f"cannot be given to such a model; PromptTuningConfig, PromptEncoderConfig and LoraConfig can."
             )
 
 

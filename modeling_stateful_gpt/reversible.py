@@ -264,9 +264,7 @@ class Scan(torch.autograd.Function):
         softened = soften(seen)
         a = x + torch.einsum("htbs,hps->tbhp", softened, weight)
         by_a, by_half = ctx.form.derivatives(before, a, None if real is None else real[:, :, None])
-        size = weight.shape[-1]
         w1, w2 = weight.unbind(0)
-        # What does not depend on the gradients that come back: d soften(s) = r g - s (r³ mean(s g)).
         a_gradient = torch.empty_like(a)
         g1, g2 = final_gradient.unbind(1)
         for t in reversed(range(len(x))):
@@ -347,8 +345,8 @@ class ReversibleCell(nn.Module):
             `backwards`), and the carrier `[B, 2, S]` of its gradient after the sequence.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        # A copy begins where all tensors begin: the last bits of a matrix product depend on how its operands are aligned.
-        # Time comes first, so that a step's inputs lie together.
+        # The last bits of a matrix product depend on how its operands are aligned: a copy is as every other. Time comes
+        # first, so that a step's inputs lie together.
         inputs = self.x_proj(x.clone()).to(dtype).unflatten(-1, (2, -1)).transpose(0, 1).contiguous()
         if state is None:
             state = self.initial_state(len(x))

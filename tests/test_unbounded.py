@@ -1,10 +1,17 @@
 """Training over unbounded context: the gradients are those of storing everything, whatever the pieces."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
 import pytest
 import torch
+from data import byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import NO_SPECIAL_TOKENS, VOCAB, tokens
-from transformers import DynamicCache
-from unbounded import backward_through_time, same_dropout
+from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
+from unbounded import Documents, WholeDocuments, backward_through_time, pad, same_dropout, truncated_backward
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM
 
@@ -131,3 +138,78 @@ def test_bad_arguments_are_refused():
         backward_through_time(model, tokens(1, 5), tokens(1, 5), 0)
     with pytest.raises(ValueError, match="no tokens"):
         backward_through_time(model, tokens(1, 0), tokens(1, 0), 2)
+
+
+@every_mixture
+def test_truncated_gradients_stop_at_the_pieces_and_states_do_not(mixture):
+    model, ids = decoder(mixture, dropout=0.0), tokens(2, 12)
+    whole = model(ids, labels=ids, use_cache=False).loss
+    loss = truncated_backward(model, ids, ids, 4)
+    torch.testing.assert_close(loss, whole.detach().to(loss), rtol=1e-6, atol=0)
+    truncated = gradients(model)
+    backward_through_time(model, ids, ids, 4)
+    exact = gradients(model)
+    assert any((truncated[name] - exact[name]).norm() > 0.01 * exact[name].norm() for name in exact)
+    truncated_backward(model, ids, ids, 12)
+    for name, gradient in gradients(model).items():
+        assert (gradient - exact[name]).norm() <= 1e-5 * exact[name].norm(), name
+
+
+@given(st.lists(st.text(alphabet="ab\né", max_size=30), min_size=1, max_size=5), st.integers(1, 20))
+def test_documents_are_tokenised_in_parts_to_what_they_are_as_a_whole(texts, part):
+    tokenizer = byte_tokenizer()
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Documents, "PART", part)
+        documents = Documents(Path(folder, "tokens"), texts, tokenizer)
+        assert len(documents) == len(texts)
+        for document, text in zip(documents, texts, strict=False):
+            assert document["input_ids"].tolist() == [*text.encode(), tokenizer.eos_token_id]
+
+
+def test_documents_of_different_lengths_are_padded_and_the_padding_is_told():
+    batch = pad([{"input_ids": np.array([5, 6, 7], np.int32)}, {"input_ids": np.array([8], np.int32)}])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+    assert "attention_mask" not in pad([{"input_ids": np.array([5, 6, 7], np.int32)}])
+
+
+class DocumentTrainer(WholeDocuments, Trainer):
+    """As a user would make it."""
+
+
+def train(folder, documents, **options):
+    """The gradients of the first step."""
+    model = decoder("mixed", torch.float32, dropout=0.0)
+    recorded = {}
+
+    class Record(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            recorded[state.global_step] = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    arguments = TrainingArguments(
+        str(folder),
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=True,
+        max_grad_norm=0.0,
+        max_steps=1,
+        **options,
+    )
+    DocumentTrainer(
+        model, arguments, data_collator=pad, train_dataset=documents, chunk_size=5, callbacks=[Record()]
+    ).train()
+    return recorded[0]
+
+
+def test_trainer_accumulates_the_gradient_of_the_mean_over_all_tokens(tmp_path):
+    documents = [{"input_ids": tokens(1, length)[0].numpy()} for length in (17, 3)]
+    accumulated = train(tmp_path / "a", documents, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    together = train(tmp_path / "b", documents, per_device_train_batch_size=2)
+    for name, gradient in together.items():
+        assert (accumulated[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_a_trainer_refuses_a_model_that_looks_back_at_every_token(tmp_path):
+    config = {"vocab_size": VOCAB, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match=r"layers 0 \(full_attention\)"):
+        DocumentTrainer(GateLoopForCausalLM(GateLoopConfig(**config)), TrainingArguments(str(tmp_path), use_cpu=True))

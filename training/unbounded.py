@@ -5,17 +5,29 @@
 The document is read once, keeping of each layer only its last state; then once more from its end, piece by piece: what
 each layer's state was at the beginning of a piece is rebuilt, the piece is computed again, with gradients, and the
 gradient of that state is passed on to the piece before. Reversible layers rebuild their states by running backwards
-(with the lost bits, if they forget); those of GateLoop layers, which are small, are kept for the beginning of each piece.
+(with the lost bits, if they forget); those of GateLoop layers, which are small, are kept for the beginning of each
+piece.
+
+`train.py --context unbounded --chunk_size 1024` uses it. For a Trainer of your own:
+
+    class DocumentTrainer(WholeDocuments, Trainer): ...
+
+    documents = Documents("tokens.int32", texts, tokenizer)
+    arguments = TrainingArguments(..., remove_unused_columns=False)
+    DocumentTrainer(model, arguments, data_collator=pad, train_dataset=documents, chunk_size=1024).train()
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_stateful_gpt.cache import GateLoopStateLayer, ReversibleStateLayer
 from modeling_stateful_gpt.reversible import Words
@@ -29,7 +41,8 @@ class RewindableLayer(ReversibleStateLayer):
     def __init__(self) -> None:
         super().__init__()
         self._layer_type = "reversible"
-        self.words, self.backwards = Words(), False
+        self.words: Words | None = None
+        self.backwards = False
 
     def update(self, x, recur, **inputs):
         self.carrier_before = x.new_zeros(len(x), 2, x.shape[-1] // 2, requires_grad=self.backwards)
@@ -88,6 +101,60 @@ def same_dropout(seed: int) -> Iterator[None]:
         yield
 
 
+@dataclass
+class Batch:
+    """Documents, right-padded, that are read piece by piece.
+
+    Raises:
+        ValueError: for a model with other layers, no tokens, or a `chunk_size` below 1.
+    """
+
+    model: PreTrainedModel
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    chunk_size: int
+    attention_mask: torch.Tensor | None
+    num_items_in_batch: int | torch.Tensor | None
+
+    def __post_init__(self) -> None:
+        check_recurrent(self.model)
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size is {self.chunk_size}; it must be at least 1.")
+        if self.input_ids.numel() == 0:
+            raise ValueError("The documents have no tokens.")
+        self.targets = torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=-100)
+        if self.num_items_in_batch is None:
+            self.num_items_in_batch = (self.targets != -100).sum().clamp(min=1)
+        self.seed = int(torch.randint(2**62, ()))
+        self.starts = range(0, self.input_ids.shape[1], self.chunk_size)
+
+    def layers(self) -> list:
+        kinds = {"gateloop": GateLoopStateLayer, "reversible": RewindableLayer}
+        return [kinds[kind]() for kind in self.model.config.layer_types]
+
+    def read(self, start: int, layers: list) -> torch.Tensor:
+        """The share of a piece in the loss; leaves the states after it in `layers`."""
+        piece = slice(start, start + self.chunk_size)
+        for layer in layers:
+            layer.seen = 0  # The mask is of this piece only.
+        cache = DynamicCache()
+        cache.layers = layers
+        with same_dropout(self.seed + start):
+            return self.model(
+                input_ids=self.input_ids[:, piece],
+                attention_mask=None if self.attention_mask is None else self.attention_mask[:, piece],
+                labels=self.labels[:, piece],
+                shift_labels=self.targets[:, piece].contiguous(),
+                num_items_in_batch=self.num_items_in_batch,
+                past_key_values=cache,
+                use_cache=True,
+            ).loss
+
+    def pieces(self, starts: range, what: str) -> Iterator[int]:
+        """The `starts`, with a bar where there are many."""
+        return iter(tqdm(starts, desc=what, unit="piece", leave=False, disable=len(starts) < 100))
+
+
 def backward_through_time(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -109,68 +176,139 @@ def backward_through_time(
         offload: keep the states of GateLoop layers at the beginnings of pieces on disk instead of in memory.
 
     Raises:
-        ValueError: for a model with other layers, an empty document, or a `chunk_size` below 1.
-        RuntimeError: if the states at the beginning are not found again, so that the gradients would be wrong.
+        ValueError: for a model with other layers, no tokens, or a `chunk_size` below 1.
+        RuntimeError: if running backwards does not lead to the state at the beginning; the gradients would be wrong.
     """
-    check_recurrent(model)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1.")
-    if input_ids.numel() == 0:
-        raise ValueError("The documents have no tokens.")
-    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    if num_items_in_batch is None:
-        num_items_in_batch = max(int((targets != -100).sum()), 1)
-    seed = int(torch.randint(2**62, ()))
-    starts = range(0, input_ids.shape[1], chunk_size)
-
-    def read(start: int, layers: list) -> torch.Tensor:
-        """The loss of a piece; leaves the states after it in `layers`."""
-        piece = slice(start, start + chunk_size)
-        # Fresh counts of tokens: a mask is then of this piece only.
-        for layer in layers:
-            layer.seen = 0
-        cache = DynamicCache()
-        cache.layers = layers
-        with same_dropout(seed + start):
-            return model(
-                input_ids=input_ids[:, piece],
-                attention_mask=None if attention_mask is None else attention_mask[:, piece],
-                labels=labels[:, piece],
-                shift_labels=targets[:, piece].contiguous(),
-                num_items_in_batch=num_items_in_batch,
-                past_key_values=cache,
-                use_cache=True,
-            ).loss
-
-    kinds = {"gateloop": GateLoopStateLayer, "reversible": RewindableLayer}
-    layers = [kinds[kind]() for kind in model.config.layer_types]
+    batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
+    layers = batch.layers()
     rewindable = [layer for layer in layers if isinstance(layer, RewindableLayer)]
     others = [layer for layer in layers if not isinstance(layer, RewindableLayer)]
+    for layer in rewindable:
+        layer.words = Words()
     total = torch.zeros((), device=input_ids.device)
     with contextlib.ExitStack() as stack:
         boundaries = Boundaries(Path(stack.enter_context(TemporaryDirectory())) if offload else None)
         with torch.no_grad():
-            for start in starts:
+            for start in batch.pieces(batch.starts, "forwards"):
                 boundaries.push([layer.state for layer in others])
-                total += read(start, layers)
+                total += batch.read(start, layers)
         gradients: list[torch.Tensor | None] = [None] * len(layers)
         for layer in rewindable:
             layer.backwards = True
-        for start in reversed(starts):
-            for layer, state in zip(others, boundaries.pop(), strict=True):
-                layer.state = None if state is None else state.requires_grad_()
-            before = [layer.state for layer in others]
-            loss = read(start, layers)
+        for start in batch.pieces(batch.starts[::-1], "backwards"):
+            before = [None if state is None else state.requires_grad_() for state in boundaries.pop()]
+            for layer, state in zip(others, before, strict=True):
+                layer.state = state
+            loss = batch.read(start, layers)
             after = [layer.carrier for layer in rewindable] + [layer.state for layer in others]
             known = [(z, gradient) for z, gradient in zip(after, gradients, strict=True) if gradient is not None]
             torch.autograd.backward([loss, *(z for z, _ in known)], [None, *(gradient for _, gradient in known)])
             gradients = [layer.carrier_before.grad for layer in rewindable]
             gradients += [None if state is None else state.grad for state in before]
-    for layer in rewindable:
-        if layer.words.number or layer.state[:, :, 0].any():
-            raise RuntimeError(
-                "Running backwards did not lead to the empty state that the document began with: something was not "
-                "computed again as it was the first time. The gradients are wrong; use another chunk_size, and one "
-                "number of threads throughout."
-            )
+    if any(layer.words.number or layer.state[:, :, 0].any() for layer in rewindable):
+        raise RuntimeError(
+            "Running backwards did not lead to the empty state that the documents began with: something was not "
+            "computed again as it was the first time. The gradients are wrong; do not change the number of threads "
+            "meanwhile."
+        )
     return total
+
+
+def truncated_backward(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_size: int,
+    attention_mask: torch.Tensor | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """States go on from piece to piece, gradients do not: what people do today. Arguments: `backward_through_time`."""
+    batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
+    layers = batch.layers()
+    total = torch.zeros((), device=input_ids.device)
+    for start in batch.pieces(batch.starts, "truncated"):
+        loss = batch.read(start, layers)
+        loss.backward()
+        total += loss.detach()
+        for layer in layers:
+            layer.state = layer.state.detach()
+    return total
+
+
+CONTEXTS = {"unbounded": backward_through_time, "truncated": truncated_backward}
+
+
+class Documents(Dataset):
+    """The tokens of whole documents, each closed by the end token, in a file that is memory-mapped.
+
+    A document is tokenised in parts of about `PART` characters, cut after a line.
+
+    An item is the `input_ids` of a document.
+    """
+
+    PART = 1_000_000
+
+    def __init__(self, path: str | Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase):
+        path, ends = Path(path), [0]
+        with path.open("wb") as file:
+            for text in texts:
+                for part in self.parts(text):
+                    np.asarray(tokenizer(part)["input_ids"], dtype=np.int32).tofile(file)
+                np.asarray([tokenizer.eos_token_id], dtype=np.int32).tofile(file)
+                ends.append(file.tell() // 4)
+        self.tokens, self.ends = np.memmap(path, dtype=np.int32, mode="r"), ends
+
+    def parts(self, text: str) -> Iterator[str]:
+        start = 0
+        while start < len(text):
+            end = text.find("\n", start + self.PART) + 1 or len(text)
+            yield text[start:end]
+            start = end
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"input_ids": self.tokens[self.ends[index] : self.ends[index + 1]]}
+
+
+def pad(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Documents of different lengths, right-padded; what is padding, the mask says."""
+    ids = [torch.from_numpy(example["input_ids"].astype(np.int64)) for example in examples]
+    together = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    lengths = torch.tensor([len(document) for document in ids])
+    real = torch.arange(together.shape[1]) < lengths[:, None]
+    batch = {"input_ids": together, "labels": together.masked_fill(~real, -100)}
+    return batch if real.all() else {**batch, "attention_mask": real.long()}
+
+
+class WholeDocuments:
+    """Mixed into a Trainer: a step is one over whole documents, read in pieces of `chunk_size`; see `CONTEXTS`."""
+
+    def __init__(self, *args, context: str = "unbounded", chunk_size: int = 1024, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.context, self.chunk_size = context, chunk_size
+        check_recurrent(self.model)  # type: ignore[attr-defined]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.fp16:  # type: ignore[attr-defined]
+            raise ValueError(
+                "Whole documents cannot be trained on with FSDP, DeepSpeed or fp16; use DDP, fp32 or bf16."
+            )
+
+    def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        """Leaves gradients as Trainer's own does: of the tokens' mean loss over accumulated batches and processes."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        whole = accelerator.unwrap_model(model)
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            loss = CONTEXTS[self.context](
+                whole, chunk_size=self.chunk_size, num_items_in_batch=num_items_in_batch, **inputs
+            )
+        if accelerator.num_processes > 1 and accelerator.sync_gradients:
+            for parameter in whole.parameters():
+                if parameter.requires_grad:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = accelerator.reduce(parameter.grad, "sum")
+        # Trainer takes the mean over the processes of what it logs.
+        return loss * accelerator.num_processes
