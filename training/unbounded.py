@@ -34,20 +34,21 @@ from modeling_stateful_gpt.reversible import Words
 
 
 class RewindableLayer(ReversibleStateLayer):
-    """A reversible layer's state in the course of one document: first forwards, then, with gradients, backwards."""
+    """A reversible layer's state while documents are read: forwards or backwards, the gradient going through `carrier`
+    (see `ReversibleCell.forward`)."""
 
     _layer_type = "rewindable"  # A class by which transformers would make caches, if it had the type of its parent.
 
     def __init__(self) -> None:
         super().__init__()
         self._layer_type = "reversible"
+        self.carrier: torch.Tensor | None = None
         self.words: Words | None = None
         self.backwards = False
 
     def update(self, x, recur, **inputs):
-        self.carrier_before = x.new_zeros(len(x), 2, x.shape[-1] // 2, requires_grad=self.backwards)
         y, self.state, self.carrier = recur(
-            self.state, x, **inputs, carrier=self.carrier_before, words=self.words, backwards=self.backwards
+            self.state, x, **inputs, carrier=self.carrier, words=self.words, backwards=self.backwards
         )
         return y, self.state
 
@@ -199,12 +200,14 @@ def backward_through_time(
             before = [None if state is None else state.requires_grad_() for state in boundaries.pop()]
             for layer, state in zip(others, before, strict=True):
                 layer.state = state
+            for layer in rewindable:
+                layer.carrier = torch.zeros_like(layer.carrier, requires_grad=True)
+            before += [layer.carrier for layer in rewindable]
             loss = batch.read(start, layers)
-            after = [layer.carrier for layer in rewindable] + [layer.state for layer in others]
+            after = [layer.state for layer in others] + [layer.carrier for layer in rewindable]
             known = [(z, gradient) for z, gradient in zip(after, gradients, strict=True) if gradient is not None]
             torch.autograd.backward([loss, *(z for z, _ in known)], [None, *(gradient for _, gradient in known)])
-            gradients = [layer.carrier_before.grad for layer in rewindable]
-            gradients += [None if state is None else state.grad for state in before]
+            gradients = [None if z is None else z.grad for z in before]
     if any(layer.words.number or layer.state[:, :, 0].any() for layer in rewindable):
         raise RuntimeError(
             "Running backwards did not lead to the empty state that the documents began with: something was not "
@@ -232,6 +235,7 @@ def truncated_backward(
         total += loss.detach()
         for layer in layers:
             layer.state = layer.state.detach()
+            layer.carrier = None
     return total
 
 
