@@ -134,6 +134,9 @@ class DataArguments:
     dataset_config_name: str | None = None
     text_column: str = "text"
     validation_fraction: float = 0.05
+    max_train_bytes: int | None = field(
+        default=None, metadata={"help": "Train on that much of the training text; the validation text stays whole."}
+    )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "A pretrained tokenizer; by default the checkpoint's own, or bytes."}
     )
@@ -240,6 +243,7 @@ def prepare_data(arguments: DataArguments, model_name_or_path: str | None = None
         arguments.dataset_config_name,
         arguments.text_column,
         arguments.validation_fraction,
+        arguments.max_train_bytes,
     )
     return TrainingData(
         tokenizer=tokenizer,
