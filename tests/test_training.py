@@ -463,6 +463,7 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     refused(text_files, tmp_path, "--max_seconds=5", message="leave out --max_steps")
     refused(text_files, tmp_path, "--max_seconds=0", "--max_steps=-1", message="--max_seconds must be more than 0")
     refused(text_files, tmp_path, "--patience=0", message="--patience must be at least 1")
+    refused(text_files, tmp_path, "--patience=1", "--eval_strategy=no", message="there must be evaluations")
 
 
 def test_an_output_folder_that_holds_something_else_is_left_alone(text_files, tmp_path):
@@ -535,7 +536,11 @@ def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path):
             "nope is no complete checkpoint",
         ),
         ("train.py", options(text_files, tmp_path / "x", "--tokenizer_name", "/nowhere"), "tokenizer /nowhere"),
-        ("compare.py", options(text_files, tmp_path / "x", "--arms", "rnn"), "no preset 'rnn'"),
+        (
+            "compare.py",
+            options(text_files, tmp_path / "x", "--arms", "gpt", "stateful --stateful_config {}", "gpt --warm_start 1"),
+            "--warm_start is for a model that feeds its hidden state back",
+        ),
     ):
         done = run(script, arguments)
         assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")

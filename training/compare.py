@@ -39,6 +39,7 @@ from train import (
     RunError,
     TrainArguments,
     TrainingData,
+    build_model,
     load_model,
     parse,
     prepare_data,
@@ -89,15 +90,19 @@ def plan(arguments: CompareArguments, rest: list[str]) -> list[Run]:
     runs = []
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            preset, *own = shlex.split(arm)
+            try:
+                preset, *own = shlex.split(arm)
+            except ValueError as error:
+                raise RunError(f"{arm!r} is not a preset and its options ({error}).") from error
             if preset not in PRESETS:
                 raise RunError(f"There is no preset {preset!r}; choose from {sorted(PRESETS)}.")
             own = [o.replace("{seed}", str(seed)).replace("{output_dir}", arguments.output_dir) for o in own]
             folder = run_folder(arguments.output_dir, arm, seed)
+            given = ["--preset", preset, "--seed", str(seed), "--output_dir", str(folder)]
+            run = Run(arm, seed, folder, *parse([*rest, *own, *given]))
             # In the order of its start, what goes on would read again what that has just read.
-            order = seed + 1000 if any(o.startswith("--model_name_or_path") for o in own) else seed
-            given = ["--preset", preset, "--seed", str(seed), "--data_seed", str(order), "--output_dir", str(folder)]
-            runs.append(Run(arm, seed, folder, *parse([*rest, *own, *given])))
+            run.training.data_seed = seed + 1000 if run.model.model_name_or_path else seed
+            runs.append(run)
     if len({run.folder for run in runs}) < len(runs):
         raise RunError("Each arm and each seed can be there only once: their run folders would be the same.")
     for run in runs:
@@ -134,6 +139,11 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
         raise RunError(f"{folder} holds something that is not a comparison; use another --output_dir.")
     records = [json.loads(line) for line in records_file.read_text().splitlines()] if records_file.exists() else []
     data = cache(lambda: prepare_data(runs[0].data, runs[0].model.model_name_or_path))
+    for run in runs:
+        # What is wrong with the last arm is said before hours are spent on the first.
+        if not run.model.model_name_or_path and not run.folder.exists():
+            with torch.device("meta"):
+                build_model(run.model, run.data, data().tokenizer, run.seed)
     compared = []
     for run in runs:
         console.rule(run.folder.name)

@@ -222,8 +222,8 @@ class TrainArguments(TrainingArguments):
         if self.lr_scheduler_type is None:
             self.lr_scheduler_type = "cosine" if self.patience is None else "constant_with_warmup"
         if self.patience is not None:
-            if self.patience < 1:
-                raise ValueError("--patience must be at least 1.")
+            if self.patience < 1 or self.eval_strategy == "no":
+                raise ValueError("--patience must be at least 1, and there must be evaluations (--eval_strategy).")
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps
         super().__post_init__()
