@@ -226,14 +226,14 @@ class SleepAtFirst(TrainerCallback):
 def test_a_budget_of_seconds_is_for_training_alone_and_kept_over_an_interruption(text_files, tmp_path):
     more = ["--max_steps=-1", "--max_seconds=1.5", "--eval_steps=20", "--save_steps=20", "--save_total_limit=1000"]
     arguments = options(text_files, tmp_path / "run", "--preset=gpt", *more)
-    assert train(*parse(arguments), callbacks=[InterruptAt(30), SleepAtFirst()]) is None
+    assert train(*parse(arguments), callbacks=[InterruptAt(10), SleepAtFirst()]) is None
     results = train(*parse(arguments))
-    assert 1.5 <= results["seconds"] < 3 and results["step"] > 31
+    assert 1.5 <= results["seconds"] < 3 and results["step"] > 11
     assert results["log"][-1]["step"] == results["step"], "evaluated at its end"
     assert [entry["step"] for entry in results["log"][:-1]] == list(range(0, results["step"], 20))
     last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     steps = [e for e in json.loads((last / "trainer_state.json").read_text())["log_history"] if "loss" in e]
-    assert len(steps) == steps[-1]["step"] > 31
+    assert len(steps) == steps[-1]["step"] > 11
     for before, after in pairwise(steps[1:]):
         cosine = (1 + math.cos(math.pi * before["train_seconds"] / 1.5)) / 2
         assert after["learning_rate"] == pytest.approx(1e-3 * cosine, abs=2e-6)
@@ -461,6 +461,8 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     refused(text_files, tmp_path, "--decoder_config", '{"mlp_type": "x"}', message="'x' does not exist")
     refused(text_files, tmp_path, "--stateful_config", "{feedback}", message="--stateful_config is not JSON")
     refused(text_files, tmp_path, "--max_seconds=5", message="leave out --max_steps")
+    refused(text_files, tmp_path, "--max_seconds=5", "--max_steps=-1", "--lr_scheduler_type=linear",
+            message="goes with --lr_scheduler_type cosine or constant_with_warmup")  # fmt: skip
     refused(text_files, tmp_path, "--max_seconds=0", "--max_steps=-1", message="--max_seconds must be more than 0")
     refused(text_files, tmp_path, "--patience=0", message="--patience must be at least 1")
     refused(text_files, tmp_path, "--patience=1", "--eval_strategy=no", message="there must be evaluations")

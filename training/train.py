@@ -210,11 +210,12 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self) -> None:
         steps_given = self.max_steps >= 0 or self.num_train_epochs > 0
         if self.max_seconds is not None:
-            if steps_given or self.patience is not None or self.lr_scheduler_type is not None:
+            if steps_given or self.patience is not None:
                 raise ValueError(
-                    "--max_seconds is the only end of a run, with a schedule of its own: leave out --max_steps, "
-                    "--num_train_epochs, --patience and --lr_scheduler_type."
+                    "--max_seconds is an end of its own: leave out --max_steps, --num_train_epochs and --patience."
                 )
+            if self.lr_scheduler_type not in (None, "cosine", "constant_with_warmup"):
+                raise ValueError("--max_seconds goes with --lr_scheduler_type cosine or constant_with_warmup.")
             if self.max_seconds <= 0:
                 raise ValueError("--max_seconds must be more than 0.")
         if not steps_given:
@@ -310,7 +311,7 @@ class SteppingTrainer(Trainer):
         return next(c for c in self.callback_handler.callbacks if isinstance(c, TrainingClock))
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.args.max_seconds is not None:
+        if self.args.max_seconds is not None and self.args.lr_scheduler_type == "cosine":
 
             def factor(step: int) -> float:
                 warmup = min(1.0, (step + 1) / (self.args.warmup_steps + 1))
