@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint
 
 demo: $(VENV)/demo
-	$(BIN)/python training/compare.py --presets gpt stateful --num_hidden_layers 2 --max_steps 300 --output_dir runs/demo
+	$(BIN)/python training/compare.py --arms gpt stateful --num_hidden_layers 2 --max_steps 300 --output_dir runs/demo
 
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest -n 2 --junitxml $(VENV)/tests.xml

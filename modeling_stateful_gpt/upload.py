@@ -236,8 +236,9 @@ def make_card(
 
 
 def evaluation_in_training(run: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """The last one of a run, in the form of what `evaluate.py` writes."""
-    losses = [entry["eval_loss"] for entry in results.get("log", []) if "eval_loss" in entry]
+    """That of the model that a run left, in the form of what `evaluate.py` writes."""
+    step = results.get("step", math.inf)
+    losses = [entry["eval_loss"] for entry in results.get("log", []) if entry["step"] <= step]
     if not losses or "bytes_per_token" not in results.get("data", {}):
         return {}
     bits_per_byte = losses[-1] / math.log(2) / results["data"]["bytes_per_token"]

@@ -106,6 +106,20 @@ def test_files_are_documents_and_a_single_file_is_cut_once(tmp_path):
     assert alone.train[0] + alone.validation[0] == PROSE[0]
 
 
+def test_the_training_text_can_be_cut_and_the_validation_text_stays(tmp_path):
+    for i, text in enumerate(PROSE[:30]):
+        (tmp_path / f"{i}.txt").write_text(text + "é")
+    names = [str(tmp_path / f"{i}.txt") for i in range(30)]
+    whole, *cut = (load_corpus(names, validation_fraction=0.3, max_train_bytes=n) for n in (None, 9_000, 20_000, 10**9))
+    assert all(corpus.validation == whole.validation for corpus in cut)
+    assert [corpus.report["train_bytes"] for corpus in cut] == [9_000, 20_000, whole.report["train_bytes"]]
+    joined = ["".join(corpus.train) for corpus in cut]
+    assert joined[2].startswith(joined[1]) and joined[1].startswith(joined[0]), "less text is a part of more"
+    assert sorted(cut[2].train) == sorted(whole.train)
+    (tmp_path / "é.txt").write_text("é" * 100)
+    assert load_corpus([str(tmp_path / "é.txt")], max_train_bytes=5).train == ["éé"]
+
+
 @pytest.mark.parametrize("with_validation", [False, True])
 def test_a_dataset_is_read_with_its_own_validation_split_if_it_has_one(with_validation, tmp_path):
     Dataset.from_dict({"body": [*PROSE[:20], PROSE[20], None, ""]}).to_parquet(tmp_path / "train.parquet")
@@ -155,5 +169,7 @@ def test_too_little_text_is_refused():
         token_blocks(["abc"], byte_tokenizer(), 1)
     with pytest.raises(DataError, match="must lie between 0 and 1"):
         load_corpus(validation_fraction=0.0)
+    with pytest.raises(DataError, match="--max_train_bytes is 0"):
+        load_corpus(max_train_bytes=0)
     with pytest.raises(DataError, match="either --text_file or --dataset_name"):
         load_corpus(["a"], "b")

@@ -12,6 +12,7 @@ from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import pytest
+from compare import parse_comparison, plan
 from packaging.requirements import Requirement
 from train import parse
 
@@ -82,6 +83,10 @@ def test_the_commands_have_the_options_that_are_shown():
     assert len(training) == 10
     for arguments in training:
         parse(arguments)
+    comparisons = [c[c.index("training/compare.py") + 1 :] for c in commands if "training/compare.py" in c]
+    assert len(comparisons) == 5
+    for arguments in comparisons:
+        plan(*parse_comparison(arguments))
 
 
 def test_pictures_and_files_that_are_mentioned_exist():

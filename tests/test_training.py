@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
 from compare import main as compare_main
-from data import byte_tokenizer, token_blocks
+from compare import paired_difference, parse_comparison, plan
+from data import byte_tokenizer, sample_blocks, token_blocks
 from evaluate import evaluate, mean_nats
 from safetensors.torch import load, load_file, save_file
-from train import PRESETS, RunError, build_model, count_parameters, load_model, parse, train
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from train import PRESETS, RunError, build_model, count_parameters, load_model, parse, prepare_data, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -174,6 +177,68 @@ def test_epochs_or_steps_may_be_given_and_500_steps_are_the_default(text_files, 
     assert [(a.max_steps, a.num_train_epochs) for a in lengths] == [(500, 0), (-1, 2), (7, 0)]
 
 
+class InterruptAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def evaluations(results):
+    return [(entry["step"], entry["tokens"], entry["eval_loss"]) for entry in results["log"]]
+
+
+def test_training_ends_when_validation_has_stopped_improving_and_the_best_is_left(text_files, tmp_path, capsys):
+    more = ["--preset=gpt", "--max_steps=-1", "--max_train_bytes=2000", "--patience=3", "--eval_steps=10",
+            "--learning_rate=1e-2", "--dropout=0.1"]  # fmt: skip
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    results = train(*parse(options(text_files, whole, *more)))
+    losses = {entry["step"]: entry["eval_loss"] for entry in results["log"]}
+    best = results["step"]
+    assert losses[best] == min(losses.values()) and max(losses) == best + 3 * 10
+    (entry,) = (entry for entry in results["log"] if entry["step"] == best)
+    assert (results["tokens"], results["seconds"]) == (entry["tokens"], entry["train_seconds"])
+    blocks = sample_blocks(prepare_data(parse(options(text_files, whole, *more))[1]).validation, 8)
+    assert mean_nats(load_model(str(whole)), blocks, None) == pytest.approx(losses[best], rel=1e-5)
+    state = json.loads((whole / f"checkpoint-{best + 20}/trainer_state.json").read_text())
+    assert {e["learning_rate"] for e in state["log_history"] if "loss" in e and e["step"] > 1} == {1e-2}
+
+    # Interrupted between two evaluations, or killed after the last checkpoint, it ends where it would have.
+    assert train(*parse(options(text_files, halves, *more)), callbacks=[InterruptAt(best + 14)]) is None
+    (whole / "results.json").unlink()
+    capsys.readouterr()
+    for folder, step in ((halves, best + 15), (whole, best + 20)):
+        again = train(*parse(options(text_files, folder, *more)))
+        assert f"checkpoint-{step}." in capsys.readouterr().out
+        assert again["step"] == best and evaluations(again) == evaluations(results)
+    expected, got = (load_file(folder / "model.safetensors") for folder in (whole, halves))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+class SleepAtFirst(TrainerCallback):
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            time.sleep(2)
+
+
+def test_a_budget_of_seconds_is_for_training_alone_and_kept_over_an_interruption(text_files, tmp_path):
+    more = ["--max_steps=-1", "--max_seconds=1.5", "--eval_steps=20", "--save_steps=20", "--save_total_limit=1000"]
+    arguments = options(text_files, tmp_path / "run", "--preset=gpt", *more)
+    assert train(*parse(arguments), callbacks=[InterruptAt(10), SleepAtFirst()]) is None
+    results = train(*parse(arguments))
+    assert 1.5 <= results["seconds"] < 3 and results["step"] > 11
+    assert results["log"][-1]["step"] == results["step"], "evaluated at its end"
+    assert [entry["step"] for entry in results["log"][:-1]] == list(range(0, results["step"], 20))
+    last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    steps = [e for e in json.loads((last / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+    assert len(steps) == steps[-1]["step"] > 11
+    for before, after in pairwise(steps[1:]):
+        cosine = (1 + math.cos(math.pi * before["train_seconds"] / 1.5)) / 2
+        assert after["learning_rate"] == pytest.approx(1e-3 * cosine, abs=2e-6)
+
+
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_few_text_files_are_enough(number, text_files, tmp_path):
     arguments = [a for a in options(text_files[:number], tmp_path / "run") if not a.startswith("--validation")]
@@ -273,21 +338,101 @@ def test_evaluation_is_bits_per_byte_and_passes_approach_the_exact_value(text_fi
     assert set(json.loads(printed.stdout)) == {"1", "2", "3", "exact"}, printed.stderr
 
 
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_a_comparison_tabulates_draws_samples_and_resumes(text_files, tmp_path, monkeypatch, capsys):
-    arguments = ["compare.py", "--presets", "gpt", "stateful", "--seeds", "0", "1", "--sample_tokens=5"]
-    monkeypatch.setattr(sys, "argv", [*arguments, *options(text_files, tmp_path / "all", "--max_eval_blocks=4")])
+    folder = tmp_path / "all"
+    late = "stateful --model_name_or_path {output_dir}/gpt-seed{seed} --max_steps 3 --learning_rate 5e-4"
+    arms = ["gpt", """stateful --dropout 0.1 --stateful_config '{"num_passes": 2}'""", late]
+    arguments = ["compare.py", "--arms", *arms, "--seeds", "0", "1", "--sample_tokens=5"]
+    monkeypatch.setattr(sys, "argv", [*arguments, *options(text_files, folder, "--max_eval_blocks=4")])
     compare_main()
-    records = [json.loads(line) for line in (tmp_path / "all/comparison.jsonl").read_text().splitlines()]
-    assert [(r["seed"], r["preset"]) for r in records] == [(0, "gpt"), (0, "stateful"), (1, "gpt"), (1, "stateful")]
+    records = lines(folder / "comparison.jsonl")
+    assert [(r["seed"], r["arm"]) for r in records] == [(seed, arm) for seed in (0, 1) for arm in arms]
     assert all(set(r["bits_per_byte"]) == {"one_pass", "trained_passes", "exact"} for r in records)
-    assert (tmp_path / "all/comparison.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert "trained passes" in printed and "worst seed" in printed and "def " in printed
+    config = AutoModelForCausalLM.from_pretrained(
+        folder / "stateful-dropout-0.1-stateful_config-num_passes-2-seed1"
+    ).config
+    assert (config.text_config.hidden_dropout, config.num_passes) == (0.1, 2)
+    # What the first phase has cost is part of what the second one has.
+    plain, continued = records[0], records[2]
+    assert continued["before"] == {"tokens": plain["tokens"], "seconds": plain["seconds"]}
+    assert continued["tokens"] == plain["tokens"] + 3 * 8 * 32 and continued["seconds"] > plain["seconds"]
+    assert continued["log"][0]["eval_loss"] == pytest.approx(plain["log"][-1]["eval_loss"], rel=1e-5)
+
+    made = lines(folder / "evaluations.jsonl")
+    assert [(e["arm"], e["seed"], e["step"]) for e in made] == [
+        (r["arm"], r["seed"], entry["step"]) for r in records for entry in r["log"]
+    ]
+    assert made[2]["bits_per_byte"] == pytest.approx(
+        made[2]["eval_loss"] / math.log(2) / plain["data"]["bytes_per_token"]
+    )
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    table = (folder / "comparison.md").read_text()
+    exact = {arm: [r["bits_per_byte"]["exact"] for r in records if r["arm"] == arm] for arm in arms}
+    for arm, (a, b) in exact.items():
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| {arm} |"))
+        assert f"| {(a + b) / 2:.4f} | {a:.4f} {b:.4f} | {max(a, b):.4f} |" in row
+        assert arm == "gpt" or row.endswith(f"| {paired_difference([a, b], exact['gpt'])} |")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "trained" in printed and "worst" in printed and "def " in printed
     compare_main()
-    assert len((tmp_path / "all/comparison.jsonl").read_text().splitlines()) == 4
-    monkeypatch.setattr(sys, "argv", [*arguments, *options(text_files, tmp_path / "all", "--hidden_size=64")])
+    assert lines(folder / "comparison.jsonl") == records and lines(folder / "evaluations.jsonl") == made
+    monkeypatch.setattr(sys, "argv", [*arguments, *options(text_files, folder, "--weight_decay=0")])
     with pytest.raises(RunError, match="other settings"):
         compare_main()
+
+
+@pytest.mark.parametrize(
+    "second,message",
+    [("gpt", "only once"), ("gpt --block_size 16", "data of its own"), ("gpt --patience 0", "at least")],
+)
+def test_arms_that_cannot_be_compared_are_refused(second, message, tmp_path):
+    with pytest.raises(RunError, match=message):
+        plan(*parse_comparison(["--arms", "gpt", second, "--output_dir", str(tmp_path / "x")]))
+
+
+def test_arms_read_the_same_text_in_the_same_order_and_what_goes_on_reads_on(tmp_path):
+    late = "stateful --model_name_or_path {output_dir}/gpt-seed{seed}"
+    runs = plan(*parse_comparison(["--arms", "gpt", "gpt --random_offsets true", late, "--seeds", "0", "1"]))
+    assert [(run.training.seed, run.training.data_seed) for run in runs] == [
+        (0, 0), (0, 0), (0, 1000), (1, 1), (1, 1), (1, 1001)
+    ]  # fmt: skip
+    assert runs[5].model.model_name_or_path == str(runs[3].folder) == "runs/comparison/gpt-seed1"
+    assert all({**asdict(run.data), "random_offsets": False} == asdict(runs[0].data) for run in runs)
+
+
+def test_differences_are_paired_by_seed():
+    # -0.1, 0 and -0.2: a mean of -0.1, a standard deviation of 0.1.
+    assert paired_difference([2.0, 2.2, 2.4], [2.1, 2.2, 2.6]) == "-0.1000 ± 0.0577"
+    assert paired_difference([2.0], [1.75]) == "+0.2500"
+
+
+def test_a_killed_comparison_loses_nothing(text_files, tmp_path, monkeypatch):
+    arguments = ["--arms", "gpt", "stateful", "--sample_tokens=5", "--max_eval_blocks=4", "--eval_steps=1"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments, *options(text_files, tmp_path / "whole")])
+    compare_main()
+    file, command = tmp_path / "killed/evaluations.jsonl", [*arguments, *options(text_files, tmp_path / "killed")]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "training/compare.py"), *command],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (file.exists() and "stateful" in file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    before = file.read_text()
+    done = run("compare.py", command)
+    assert done.returncode == 0, done.stderr
+    assert file.read_text().startswith(before)
+    losses = [
+        {(e["arm"], e["step"]): e["eval_loss"] for e in lines(tmp_path / name / "evaluations.jsonl")}
+        for name in ("whole", "killed")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # What is refused
@@ -315,6 +460,12 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     refused(text_files, tmp_path, "--decoder_config", '{"mlp": "x"}', message="GateLoopConfig has no field mlp")
     refused(text_files, tmp_path, "--decoder_config", '{"mlp_type": "x"}', message="'x' does not exist")
     refused(text_files, tmp_path, "--stateful_config", "{feedback}", message="--stateful_config is not JSON")
+    refused(text_files, tmp_path, "--max_seconds=5", message="leave out --max_steps")
+    refused(text_files, tmp_path, "--max_seconds=5", "--max_steps=-1", "--lr_scheduler_type=linear",
+            message="goes with --lr_scheduler_type cosine or constant_with_warmup")  # fmt: skip
+    refused(text_files, tmp_path, "--max_seconds=0", "--max_steps=-1", message="--max_seconds must be more than 0")
+    refused(text_files, tmp_path, "--patience=0", message="--patience must be at least 1")
+    refused(text_files, tmp_path, "--patience=1", "--eval_strategy=no", message="there must be evaluations")
 
 
 def test_an_output_folder_that_holds_something_else_is_left_alone(text_files, tmp_path):
@@ -387,7 +538,11 @@ def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path):
             "nope is no complete checkpoint",
         ),
         ("train.py", options(text_files, tmp_path / "x", "--tokenizer_name", "/nowhere"), "tokenizer /nowhere"),
-        ("compare.py", options(text_files, tmp_path / "x", "--presets", "rnn"), "no preset 'rnn'"),
+        (
+            "compare.py",
+            options(text_files, tmp_path / "x", "--arms", "gpt", "stateful --stateful_config {}", "gpt --warm_start 1"),
+            "--warm_start is for a model that feeds its hidden state back",
+        ),
     ):
         done = run(script, arguments)
         assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")

@@ -1,15 +1,27 @@
-"""Train several presets on the same text, with the same budget and the same data order, and compare them.
+"""Train several arms on the same text, with the same budget and the same data order, and compare them.
 
-    python training/compare.py --presets gpt stateful --output_dir runs/demo
+    python training/compare.py --arms gpt stateful --output_dir runs/demo
+    python training/compare.py --arms gpt 'gpt --dropout 0.2' 'warm_start --dropout 0.2' --seeds 0 1 2 --patience 5 …
 
-Takes every option of train.py besides its own. Writes one run folder per preset and seed, a line per run in
-`comparison.jsonl`, and the picture `comparison.png`; prints a table and a sample of each model. Ctrl-C saves; the same
+An arm is a preset and options of its own; all other options of train.py are for every arm. The budget is `--max_steps`,
+`--max_seconds` or `--patience`. An arm may start from what an earlier one has left for the same seed, and what that has
+cost is added to its own: 'stateful --model_name_or_path {output_dir}/gpt-seed{seed} --max_steps 100'. It reads the text
+in another order than arms from scratch.
+
+Writes a run folder per arm and seed (the arm, with `-` for whatever is no letter, digit, dot or `_`), a line per
+evaluation as soon as it is made in `evaluations.jsonl`, a line per finished run in `comparison.jsonl`, the table
+`comparison.md` and the picture `comparison.png`; prints the table and a sample of each model. Ctrl-C saves; the same
 command again goes on from there.
 """
 
 import json
+import math
+import re
+import shlex
+import statistics
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -17,20 +29,37 @@ import torch
 from evaluate import evaluate
 from plot import draw
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
-from train import PRESETS, RunError, TrainingData, load_model, parse, prepare_data, run_command, train
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from train import (
+    PRESETS,
+    DataArguments,
+    ModelArguments,
+    RunError,
+    TrainArguments,
+    TrainingData,
+    build_model,
+    load_model,
+    parse,
+    prepare_data,
+    run_command,
+    train,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
 
 from modeling_stateful_gpt import StatefulGPTForCausalLM
 
 # Wide enough for the table where the output is not a terminal.
-console = Console(width=None if sys.stdout.isatty() else 110)
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass
 class CompareArguments:
-    presets: list[str] = field(default_factory=lambda: ["gpt", "stateful"])
+    arms: list[str] = field(
+        default_factory=lambda: ["gpt", "stateful"],
+        metadata={"help": "Presets, each with options of its own; differences are to the first arm."},
+    )
     seeds: list[int] = field(default_factory=lambda: [0])
     max_eval_blocks: int = field(default=512, metadata={"help": "Sampled validation blocks for the table."})
     sample_prompt: str = "def "
@@ -38,38 +67,95 @@ class CompareArguments:
     output_dir: str = "runs/comparison"
 
 
+@dataclass
+class Run:
+    arm: str
+    seed: int
+    folder: Path
+    model: ModelArguments
+    data: DataArguments
+    training: TrainArguments
+
+
+def run_folder(output_dir: str, arm: str, seed: int) -> Path:
+    return Path(output_dir, f"{re.sub(r'[^A-Za-z0-9_.]+', '-', arm).strip('-')}-seed{seed}")
+
+
+def plan(arguments: CompareArguments, rest: list[str]) -> list[Run]:
+    """All runs, for each seed every arm in its turn. `rest` are the options of train.py for every arm.
+
+    Raises:
+        RunError: an unknown preset, arms that cannot be told apart or that differ in their data, a wrong option.
+    """
+    runs = []
+    for seed in arguments.seeds:
+        for arm in arguments.arms:
+            try:
+                preset, *own = shlex.split(arm)
+            except ValueError as error:
+                raise RunError(f"{arm!r} is not a preset and its options ({error}).") from error
+            if preset not in PRESETS:
+                raise RunError(f"There is no preset {preset!r}; choose from {sorted(PRESETS)}.")
+            own = [o.replace("{seed}", str(seed)).replace("{output_dir}", arguments.output_dir) for o in own]
+            folder = run_folder(arguments.output_dir, arm, seed)
+            given = ["--preset", preset, "--seed", str(seed), "--output_dir", str(folder)]
+            run = Run(arm, seed, folder, *parse([*rest, *own, *given]))
+            # In the order of its start, what goes on would read again what that has just read.
+            run.training.data_seed = seed + 1000 if run.model.model_name_or_path else seed
+            runs.append(run)
+    if len({run.folder for run in runs}) < len(runs):
+        raise RunError("Each arm and each seed can be there only once: their run folders would be the same.")
+    for run in runs:
+        # Where the same text is cut into examples may differ.
+        if asdict(run.data) != {**asdict(runs[0].data), "random_offsets": run.data.random_offsets}:
+            raise RunError(f"{run.arm!r} has data of its own; give what is to be read to all arms.")
+    return runs
+
+
+class WriteEvaluations(TrainerCallback):
+    """Appends a line to `evaluations.jsonl` as soon as an evaluation is made. Where a run was killed and went on from a
+    checkpoint, the evaluations in between are there twice."""
+
+    def __init__(self, run: Run, data: Callable[[], TrainingData]):
+        self.run, self.data = run, data
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if state.is_world_process_zero:
+            line = {"arm": self.run.arm, "seed": self.run.seed, "step": state.global_step}
+            line |= {name: metrics[name] for name in ("tokens", "train_seconds", "eval_loss")}
+            line["bits_per_byte"] = metrics["eval_loss"] / math.log(2) / self.data().report["bytes_per_token"]
+            with (self.run.folder.parent / "evaluations.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
 def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
     """Returns the records of all runs, or None if interrupted."""
-    for preset in arguments.presets:
-        if preset not in PRESETS:
-            raise RunError(f"There is no preset {preset!r}; choose from {sorted(PRESETS)}.")
     if arguments.max_eval_blocks < 1 or not arguments.sample_prompt:
         raise RunError("--max_eval_blocks must be at least 1, and --sample_prompt not empty.")
+    runs = plan(arguments, rest)
     folder = Path(arguments.output_dir)
     records_file = folder / "comparison.jsonl"
     if folder.exists() and any(folder.iterdir()) and not any(folder.glob("*/run.json")):
         raise RunError(f"{folder} holds something that is not a comparison; use another --output_dir.")
     records = [json.loads(line) for line in records_file.read_text().splitlines()] if records_file.exists() else []
-    arms = []
-    for seed in arguments.seeds:
-        for preset in arguments.presets:
-            run = folder / f"{preset}-seed{seed}"
-            options = ["--preset", preset, "--seed", str(seed), "--data_seed", str(seed), "--output_dir", str(run)]
-            arms.append((run, *parse([*rest, *options])))
-    _, model_arguments, data_arguments, _ = arms[0]
-    data = cache(lambda: prepare_data(data_arguments, model_arguments.model_name_or_path))
+    data = cache(lambda: prepare_data(runs[0].data, runs[0].model.model_name_or_path))
+    for run in runs:
+        # What is wrong with the last arm is said before hours are spent on the first.
+        if not run.model.model_name_or_path and not run.folder.exists():
+            with torch.device("meta"):
+                build_model(run.model, run.data, data().tokenizer, run.seed)
     compared = []
-    for run, model_arguments, data_arguments, training_arguments in arms:
-        console.rule(run.name)
-        results = train(model_arguments, data_arguments, training_arguments, data)
+    for run in runs:
+        console.rule(run.folder.name)
+        results = train(run.model, run.data, run.training, data, [WriteEvaluations(run, data)])
         if results is None:
             return None
-        results["max_eval_blocks"] = arguments.max_eval_blocks
+        results = {"arm": run.arm, **results, "max_eval_blocks": arguments.max_eval_blocks}
         known = [r for r in records if {**r, "bits_per_byte": None} == {**results, "bits_per_byte": None}]
         if known:
             results = known[0]
         else:
-            bits = final_evaluation(run, data(), data_arguments.block_size, arguments.max_eval_blocks)
+            bits = final_evaluation(run.folder, data(), run.data.block_size, arguments.max_eval_blocks)
             results["bits_per_byte"] = bits
             with records_file.open("a") as file:
                 file.write(json.dumps(results) + "\n")
@@ -90,29 +176,57 @@ def final_evaluation(run: Path, data: TrainingData, block_size: int, max_blocks:
     }
 
 
-def show_table(arguments: CompareArguments, records: list[dict]) -> None:
-    title = f"Validation bits per byte, mean of seeds {', '.join(map(str, arguments.seeds))} (lower is better)"
-    table = Table("model", "parameters", "tokens", "seconds", "one pass", "trained passes", "exact", title=title)
-    if len(arguments.seeds) > 1:
-        table.add_column("exact, worst seed")
-    for preset in arguments.presets:
-        runs = [record for record in records if record["preset"] == preset]
+def paired_difference(values: list[float], baseline: list[float]) -> str:
+    """The mean of the differences of runs with the same seed and, from two seeds on, its standard error."""
+    differences = [value - base for value, base in zip(values, baseline, strict=True)]
+    mean = f"{statistics.mean(differences):+.4f}"
+    if len(differences) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(differences) / math.sqrt(len(differences)):.4f}"
+
+
+def tabulate(arguments: CompareArguments, records: list[dict]) -> list[list[str]]:
+    """The heading and a row for each arm."""
+    several = len(arguments.seeds) > 1
+    heading = ["arm", "parameters", "tokens", "seconds", "one pass", "trained passes", "exact"]
+    rows = [[*heading, *(["every seed", "worst seed"] if several else []), f"difference to {arguments.arms[0]}"]]
+    baseline = None
+    for arm in arguments.arms:
+        runs = [record for record in records if record["arm"] == arm]
         bits = {name: [run["bits_per_byte"][name] for run in runs] for name in runs[0]["bits_per_byte"]}
-        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
-        row = [f"{runs[0]['parameters']:,}", f"{runs[0]['tokens']:,}"]
-        row.append(f"{sum(seconds) / len(seconds):.0f}" if seconds else "interrupted")
-        row += [f"{sum(values) / len(values):.4f}" for values in bits.values()]
-        if len(arguments.seeds) > 1:
-            row.append(f"{max(bits['exact']):.4f}")
-        table.add_row(preset, *row)
+        exact = bits["exact"]
+        baseline = baseline or exact
+        row = [arm, f"{runs[0]['parameters']:,}"]
+        row += [f"{statistics.mean(run[name] for run in runs):,.0f}" for name in ("tokens", "seconds")]
+        row += [f"{statistics.mean(values):.4f}" for values in bits.values()]
+        if several:
+            row += [" ".join(f"{value:.4f}" for value in exact), f"{max(exact):.4f}"]
+        rows.append([*row, "" if arm == arguments.arms[0] else paired_difference(exact, baseline)])
+    return rows
+
+
+def show_table(arguments: CompareArguments, records: list[dict], path: Path) -> None:
+    """Prints the table, and writes it to `path` as Markdown."""
+    title = f"Validation bits per byte, mean of seeds {', '.join(map(str, arguments.seeds))} (lower is better)"
+    notes = (
+        "Exact: stepped token by token, as in decoding. Tokens and seconds: of training, up to the model evaluated. "
+        "Difference: its mean over runs of the same seed, and the standard error."
+    )
+    heading, *rows = tabulate(arguments, records)
+    table = Table(*map(escape, heading), title=title)
+    for row in rows:
+        table.add_row(*map(escape, row))
     console.print(table)
-    console.print("Exact: stepped token by token, as in decoding.")
+    console.print(notes)
+    lines = [heading, ["---"] * len(heading), *rows]
+    markdown = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    path.write_text(f"{title}\n\n{markdown}\n\n{notes}\n")
 
 
 @torch.no_grad()
-def show_samples(arguments: CompareArguments, folder: Path) -> None:
-    for preset in arguments.presets:
-        run = folder / f"{preset}-seed{arguments.seeds[0]}"
+def show_samples(arguments: CompareArguments) -> None:
+    for arm in arguments.arms:
+        run = run_folder(arguments.output_dir, arm, arguments.seeds[0])
         model = AutoModelForCausalLM.from_pretrained(run).eval()
         tokenizer = AutoTokenizer.from_pretrained(run)
         set_seed(0)
@@ -122,22 +236,28 @@ def show_samples(arguments: CompareArguments, folder: Path) -> None:
             do_sample=True,
             temperature=0.7,
         )
-        console.print(Panel(tokenizer.decode(ids[0], skip_special_tokens=True), title=preset), markup=False)
+        text = tokenizer.decode(ids[0], skip_special_tokens=True)
+        console.print(Panel(text, title=escape(arm)), markup=False)
+
+
+def parse_comparison(given: list[str]) -> tuple[CompareArguments, list[str]]:
+    """The options of a comparison, and those of train.py."""
+    parser = HfArgumentParser(CompareArguments, description=__doc__)
+    arguments, rest = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+    return arguments, rest
 
 
 def main() -> None:
-    (arguments, rest) = HfArgumentParser(CompareArguments, description=__doc__).parse_args_into_dataclasses(
-        return_remaining_strings=True
-    )
+    arguments, rest = parse_comparison(sys.argv[1:])
     records = compare(arguments, rest)
     if records is None:
         return
     folder = Path(arguments.output_dir)
-    show_table(arguments, records)
-    runs = {preset: [record for record in records if record["preset"] == preset] for preset in arguments.presets}
+    show_table(arguments, records, folder / "comparison.md")
+    runs = {arm: [record for record in records if record["arm"] == arm] for arm in arguments.arms}
     draw(runs, folder / "comparison.png")
-    console.print(f"Loss curves: {folder / 'comparison.png'}")
-    show_samples(arguments, folder)
+    console.print(f"The table and the curves: {folder / 'comparison.md'}, {folder / 'comparison.png'}")
+    show_samples(arguments)
     console.print(f"Each run folder in {folder} is a checkpoint that AutoModelForCausalLM.from_pretrained loads.")
 
 

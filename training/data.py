@@ -37,15 +37,19 @@ def load_corpus(
     dataset_config_name: str | None = None,
     text_column: str = "text",
     validation_fraction: float = 0.05,
+    max_train_bytes: int | None = None,
 ) -> Corpus:
     """Reads text files, or a dataset of the Hub, or by default the text that ships with Python; drops duplicates and
     splits by document.
 
     A dataset that has a validation split keeps its own. A single document is cut once instead, its end for validation.
+    At most `max_train_bytes` are left of the training text, and the validation text as it is.
 
     Raises:
         DataError: a file is missing, empty or not UTF-8 text; the dataset has no such column; too little text.
     """
+    if max_train_bytes is not None and max_train_bytes < 1:
+        raise DataError(f"--max_train_bytes is {max_train_bytes}; it must be at least 1.")
     if not 0 < validation_fraction < 1:
         raise DataError(f"--validation_fraction is {validation_fraction}; it must lie between 0 and 1.")
     if text_file and dataset_name:
@@ -64,7 +68,8 @@ def load_corpus(
             validation = read_column(source, splits, "validation", text_column)
             # What stands in both is dropped from training.
             kept, dropped = drop_duplicates([*validation, *documents], always=len(validation))
-            return corpus(source, len(documents), dropped, kept[len(validation) :], validation)
+            train = first_bytes(kept[len(validation) :], max_train_bytes)
+            return corpus(source, len(documents), dropped, train, validation)
     else:
         source, documents = "the text that ships with Python", python_documents()
 
@@ -77,7 +82,7 @@ def load_corpus(
         train, validation = split_by_document(kept, validation_fraction)
     if not train or not validation:
         raise DataError(f"{source}: too little text to split into training and validation; add more documents.")
-    return corpus(source, len(documents), dropped, train, validation)
+    return corpus(source, len(documents), dropped, first_bytes(train, max_train_bytes), validation)
 
 
 def corpus(source: str, documents: int, dropped: dict, train: list[str], validation: list[str]) -> Corpus:
@@ -168,13 +173,26 @@ def drop_duplicates(documents: list[str], always: int = 0, threshold: float = 0.
     return kept, {"exact_duplicates": exact, "near_duplicates": len(documents) - exact - len(kept)}
 
 
+def position(text: str) -> float:
+    """A number from 0 to 1 that follows from the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def first_bytes(documents: list[str], number: int | None) -> list[str]:
+    """The documents in the order of their hashes, so that they are of all kinds, up to `number` bytes."""
+    if number is None:
+        return documents
+    kept = []
+    for text in sorted(documents, key=position):
+        content = text.encode()[:number]
+        number -= len(content)
+        kept.append(content.decode(errors="ignore"))  # A character may be cut in two.
+    return [text for text in kept if text]
+
+
 def split_by_document(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
     """Splits by a hash of each document's text: a document stays on its side whatever else is in the corpus. At least
     one document is for validation."""
-
-    def position(text: str) -> float:
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
     bound = max(validation_fraction, min(map(position, documents)))
     train = [text for text in documents if position(text) > bound]
     return train, [text for text in documents if position(text) <= bound]

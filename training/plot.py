@@ -4,29 +4,34 @@ import math
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import EngFormatter
 
 
 def draw(runs: dict[str, list[dict]], path: Path) -> None:
-    """Validation bits per byte, stepped exactly, against the tokens seen: a line for each name, the mean of its runs
-    (what `results.json` holds, one for each seed), which are thin behind it."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, records in runs.items():
-        curves = []
-        for run in records:
-            scale = 1 / math.log(2) / run["data"]["bytes_per_token"]
-            tokens_per_step = run["tokens"] / max(entry["step"] for entry in run["log"])
-            curves.append({e["step"] * tokens_per_step: e["eval_loss"] * scale for e in run["log"] if e["step"] > 0})
-        # A run that was interrupted has one more evaluation, where it was resumed.
-        common = sorted(set.intersection(*map(set, curves)))
-        mean = [sum(curve[tokens] for curve in curves) / len(curves) for tokens in common]
-        (line,) = axes.plot(common, mean, label=name, linewidth=2)
-        for curve in curves if len(curves) > 1 else []:
-            axes.plot(list(curve), list(curve.values()), color=line.get_color(), linewidth=0.6, alpha=0.6)
-    axes.set(xlabel="training tokens seen", ylabel="validation bits per byte, stepped exactly")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    """Validation bits per byte, stepped exactly, against the tokens seen and the seconds of training: a line for each
+    name, the mean of its runs (what `results.json` holds, one for each seed) over the steps at which all of them were
+    evaluated; the runs are thin behind it."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4 + 0.25 * len(runs)), layout="constrained", sharey=True)
+    for axes, spent, label in zip(panels, ("tokens", "train_seconds"), ("tokens seen", "seconds"), strict=True):
+        for name, records in runs.items():
+            curves = []
+            for run in records:
+                scale = 1 / math.log(2) / run["data"]["bytes_per_token"]
+                curves.append({e["step"]: (e[spent], e["eval_loss"] * scale) for e in run["log"] if e["tokens"] > 0})
+            common = sorted(set.intersection(*map(set, curves)))
+            mean = np.array([[curve[step] for step in common] for curve in curves]).mean(axis=0).reshape(-1, 2)
+            (line,) = axes.plot(*mean.T, label=name, linewidth=2)
+            for curve in curves if len(curves) > 1 else []:
+                points = np.array([*curve.values()]).reshape(-1, 2)
+                axes.plot(*points.T, color=line.get_color(), linewidth=0.6, alpha=0.6)
+        axes.set(xlabel=f"training {label}")
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="validation bits per byte, stepped exactly")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -10,15 +10,17 @@ command again goes on from there. The output folder then holds a checkpoint that
 import contextlib
 import copy
 import json
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, sample_blocks, token_blocks
 from datasets import Dataset
 from huggingface_hub import whoami
@@ -27,9 +29,11 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model
 from plot import draw
 from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    EarlyStoppingCallback,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,6 +42,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import logging
 from warm_start import StatesMissing, StateStore, WarmStart, Windows, collate, losses_from_states, saved_state
@@ -134,6 +139,9 @@ class DataArguments:
     dataset_config_name: str | None = None
     text_column: str = "text"
     validation_fraction: float = 0.05
+    max_train_bytes: int | None = field(
+        default=None, metadata={"help": "Train on that much of the training text; the validation text stays whole."}
+    )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "A pretrained tokenizer; by default the checkpoint's own, or bytes."}
     )
@@ -144,18 +152,41 @@ class DataArguments:
     max_eval_samples: int = field(default=64, metadata={"help": "Blocks for evaluation during training."})
 
 
+ENDLESS = 10**9
+"""Steps."""
+
+
 @dataclass
 class TrainArguments(TrainingArguments):
     """TrainingArguments with defaults for small models trained from scratch."""
 
     learning_rate: float = 1e-3
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: str | None = field(
+        default=None, metadata={"help": "cosine; with --patience, constant_with_warmup."}
+    )
     warmup_steps: float = 50
     weight_decay: float = 0.1
     adam_beta2: float = 0.99
     max_grad_norm: float = 1.0
-    max_steps: int = field(default=-1, metadata={"help": "500 if neither this nor --num_train_epochs is given."})
+    max_steps: int = field(default=-1, metadata={"help": "500 if no other end is given."})
     num_train_epochs: float = 0.0
+    max_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train for so many seconds, not counting reading data, evaluating and saving. The learning rate "
+            "falls as a cosine of the seconds, as it does of the steps with --max_steps: to the same end for a slow "
+            "and a fast model."
+        },
+    )
+    patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when the validation loss has not improved for so many evaluations, with each of which a "
+            "checkpoint is saved; the result is the best one. The learning rate stays constant after the warm-up, "
+            "because one that falls until a fixed step would itself decide when the loss stops improving. --max_steps "
+            "and --num_train_epochs are an upper bound."
+        },
+    )
     per_device_train_batch_size: int = 16
     per_device_eval_batch_size: int = 64
     eval_strategy: str = "steps"
@@ -165,6 +196,9 @@ class TrainArguments(TrainingArguments):
     save_steps: float = 100
     save_total_limit: int | None = 2
     prediction_loss_only: bool = True
+    include_num_input_tokens_seen: str = "all"
+    # What has been spent, and for how long nothing has improved.
+    restore_callback_states_from_checkpoint: bool = True
     # Where an example stands in the text is no argument of the model.
     remove_unused_columns: bool = False
     push_to_hub: bool = field(default=False, metadata={"help": "Publish the finished model, as hub_upload.py does."})
@@ -174,8 +208,25 @@ class TrainArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = True
 
     def __post_init__(self) -> None:
-        if self.max_steps < 0 and self.num_train_epochs == 0:
-            self.max_steps = 500
+        steps_given = self.max_steps >= 0 or self.num_train_epochs > 0
+        if self.max_seconds is not None:
+            if steps_given or self.patience is not None:
+                raise ValueError(
+                    "--max_seconds is an end of its own: leave out --max_steps, --num_train_epochs and --patience."
+                )
+            if self.lr_scheduler_type not in (None, "cosine", "constant_with_warmup"):
+                raise ValueError("--max_seconds goes with --lr_scheduler_type cosine or constant_with_warmup.")
+            if self.max_seconds <= 0:
+                raise ValueError("--max_seconds must be more than 0.")
+        if not steps_given:
+            self.max_steps = 500 if self.max_seconds is None and self.patience is None else ENDLESS
+        if self.lr_scheduler_type is None:
+            self.lr_scheduler_type = "cosine" if self.patience is None else "constant_with_warmup"
+        if self.patience is not None:
+            if self.patience < 1 or self.eval_strategy == "no":
+                raise ValueError("--patience must be at least 1, and there must be evaluations (--eval_strategy).")
+            self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
+            self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps
         super().__post_init__()
 
 
@@ -206,8 +257,73 @@ class SaveOnInterrupt(TrainerCallback):
             control.should_training_stop = True
 
 
+class StopWhenNothingImproves(EarlyStoppingCallback):
+    def on_evaluate(self, args, state, control, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            # Resumed from here, the run would go on to another evaluation, which may be better than the best.
+            control.should_save = False
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Counts the seconds spent in training steps, and ends the run with the step in which `max_seconds` are over."""
+
+    def __init__(self, max_seconds: float | None):
+        self.max_seconds = max_seconds
+        self.seconds = 0.0
+
+    def state(self) -> dict:
+        return {"args": {"max_seconds": self.max_seconds}, "attributes": {"seconds": self.seconds}}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.seconds += time.perf_counter() - self.started
+        if self.max_seconds is not None:
+            # All processes have the same learning rate and end with the same step.
+            (self.seconds,) = broadcast_object_list([self.seconds])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.max_seconds is not None and self.seconds >= self.max_seconds:
+            control.should_training_stop = True
+            control.should_evaluate = args.eval_strategy == "steps"
+
+    def share_left(self) -> float:
+        return max(0.0, 1 - self.seconds / self.max_seconds)
+
+
 class SteppingTrainer(Trainer):
-    """Evaluates by stepping: exact, and on large batches on a CPU faster than solving to tolerance."""
+    """Evaluates by stepping: exact, and on large batches on a CPU faster than solving to tolerance. Notes in its log
+    what each evaluation has cost: the tokens and `train_seconds` of this run and, `before`, of those it goes on from.
+    """
+
+    def __init__(self, *args, before: dict[str, float], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.before = before
+        self.add_callback(TrainingClock(self.args.max_seconds))
+
+    @property
+    def clock(self) -> TrainingClock:
+        # Resuming replaces it.
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, TrainingClock))
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.args.max_seconds is not None and self.args.lr_scheduler_type == "cosine":
+
+            def factor(step: int) -> float:
+                warmup = min(1.0, (step + 1) / (self.args.warmup_steps + 1))
+                return warmup * (1 - math.cos(math.pi * self.clock.share_left())) / 2
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        logs["tokens"] = self.before["tokens"] + self.state.num_input_tokens_seen
+        logs["train_seconds"] = round(self.before["seconds"] + self.clock.seconds, 3)
+        super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         return super().prediction_step(model, {**inputs, **stepped(self.model)}, *args, **kwargs)
@@ -240,6 +356,7 @@ def prepare_data(arguments: DataArguments, model_name_or_path: str | None = None
         arguments.dataset_config_name,
         arguments.text_column,
         arguments.validation_fraction,
+        arguments.max_train_bytes,
     )
     return TrainingData(
         tokenizer=tokenizer,
@@ -336,10 +453,12 @@ def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback:
         raise RunError(
             f"--preset {arguments.preset} is for a model from scratch; choose a preset with feedback, or none."
         )
+    text_config = model.config.get_text_config()
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "dropout", "decoder_config"):
-        if getattr(arguments, name) != getattr(defaults, name):
+        own = getattr(text_config, "hidden_dropout" if name == "dropout" else name, None)
+        if getattr(arguments, name) not in (getattr(defaults, name), own):
             raise RunError(f"--{name} is for a model from scratch; {arguments.model_name_or_path} has its own.")
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    layer_types = getattr(text_config, "layer_types", None) or []
     if arguments.preset == "gpt" and "gateloop" in layer_types:
         raise RunError(f"{arguments.model_name_or_path} is no gpt: it has GateLoop layers; leave out --preset.")
     stateful = model.config.model_type == StatefulGPTConfig.model_type
@@ -479,7 +598,10 @@ def settings_of(
     decisive = {
         *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
         *("max_grad_norm", "max_steps", "num_train_epochs", "seed", "data_seed", "bf16", "fp16", "optim"),
+        *("max_seconds", "patience"),
     }
+    if training_arguments.patience is not None:
+        decisive |= {"eval_strategy", "eval_steps"}
     training = {name: getattr(training_arguments, name) for name in sorted(decisive)}
     batch = training_arguments.per_device_train_batch_size * training_arguments.gradient_accumulation_steps
     training["train_batch_size"] = batch * training_arguments.world_size
@@ -491,10 +613,11 @@ def train(
     data_arguments: DataArguments,
     training_arguments: TrainArguments,
     prepared: Callable[[], TrainingData] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict | None:
     """Trains, or goes on training. Returns what `results.json` in the output folder says, or None if interrupted.
 
-    `prepared` returns the data, for a caller that has made it already.
+    `prepared` returns the data, for a caller that has made it already. `callbacks` are for the Trainer.
     """
     folder = Path(training_arguments.output_dir)
     results_file = folder / "results.json"
@@ -533,7 +656,14 @@ def train(
         print(json.dumps(data.report, indent=1))
         print(f"{type(model).__name__}: {count_parameters(model):,} parameters")
 
+    checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(folder)
+    if checkpoint:
+        print(f"Resuming from {checkpoint}.")
+        # It would count once more for --patience.
+        training_arguments.eval_on_start = False
     interrupt = SaveOnInterrupt()
+    patience = training_arguments.patience
+    before = spent(model_arguments.model_name_or_path)
     trainer = make_trainer(
         warm_start(model_arguments),
         data_arguments,
@@ -543,12 +673,9 @@ def train(
         eval_dataset=sample_blocks(data.validation, data_arguments.max_eval_samples),
         processing_class=data.tokenizer,
         data_collator=collate,
-        callbacks=[interrupt],
+        callbacks=[interrupt, *([StopWhenNothingImproves(patience)] if patience else []), *callbacks],
+        before=before,
     )
-    checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(folder)
-    if checkpoint:
-        print(f"Resuming from {checkpoint}.")
-    started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except StatesMissing as error:
@@ -567,21 +694,25 @@ def train(
     if trainer.is_fsdp_enabled:  # Sharded checkpoints or not, the model that is left is one file.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    tokens_per_step = data_arguments.block_size * training_arguments.train_batch_size
-    tokens_per_step *= training_arguments.gradient_accumulation_steps * training_arguments.world_size
+    state = trainer.state
+    # That of the model that is left. Training ends with an entry in the log.
+    step = (training_arguments.load_best_model_at_end and state.best_global_step) or state.global_step
+    last = [entry for entry in state.log_history if entry["step"] == step][-1]
     results = {
         "preset": model_arguments.preset or Path(model_arguments.model_name_or_path or "stateful").name,
         "seed": training_arguments.seed,
         "parameters": count_parameters(model),
-        "tokens": trainer.state.global_step * tokens_per_step,
-        "seconds": None if checkpoint else round(time.perf_counter() - started, 1),
+        "step": step,
+        "tokens": last["tokens"],
+        "seconds": last["train_seconds"],
+        "before": before,
         "data": data.report,
         "eval_blocks": len(trainer.eval_dataset),
-        "log": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+        "log": [entry for entry in state.log_history if "eval_loss" in entry],
     }
-    warm = isinstance(trainer, WindowTrainer) and trainer.state_store and trainer.state.epoch >= 1
+    warm = isinstance(trainer, WindowTrainer) and trainer.state_store and last["epoch"] >= 1
     if main_process and warm and not trainer.is_fsdp_enabled:  # Sharded, all processes would have to take part.
-        epochs = int(trainer.state.epoch)
+        epochs = int(last["epoch"])
         with contextlib.suppress(StatesMissing):
             results["warm_start"] = losses_from_states(model, trainer.train_dataset, trainer.state_store, epochs)
         trainer.state_store.keep({epochs - 1})  # For a look at them; a finished run does not go on.
@@ -593,6 +724,13 @@ def train(
         if push:
             publish(folder, results, training_arguments)
     return results
+
+
+def spent(checkpoint: str | None) -> dict[str, float]:
+    """The tokens and seconds of training behind a checkpoint; 0 if this command did not leave it."""
+    file = Path(checkpoint or "", "results.json")
+    results = json.loads(file.read_text()) if checkpoint and file.is_file() else {"tokens": 0, "seconds": 0.0}
+    return {name: results[name] for name in ("tokens", "seconds")}
 
 
 def make_trainer(warm: bool, data_arguments: DataArguments, **arguments) -> SteppingTrainer:
