@@ -45,6 +45,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import logging
+from unbounded import CONTEXTS, Documents, WholeDocuments, check_recurrent, pad
 from warm_start import StatesMissing, StateStore, WarmStart, Windows, collate, losses_from_states, saved_state
 
 from modeling_stateful_gpt import (
@@ -79,6 +80,8 @@ PRESETS = {
     "gateloop_signed": Preset({"layer_types": ["gateloop"], "state_transition": "signed"}),
     "gateloop_positive": Preset({"layer_types": ["gateloop"], "state_transition": "positive"}),
     "hybrid": Preset({"layer_types": ["gateloop", "full_attention"]}),
+    "reversible": Preset({"layer_types": ["reversible"]}),
+    "reversible_forgetting": Preset({"layer_types": ["reversible"], "reversible_form": "forgetting"}),
     # The control: the same fusion, fed with the previous token's embedding.
     "token_shift": Preset(stateful={"feedback": "gated_add", "feedback_source": "embedding"}),
     "stateful": Preset(stateful={"feedback": "gated_add"}),
@@ -150,6 +153,14 @@ class DataArguments:
         default=False, metadata={"help": "Cut the text into examples elsewhere in each epoch."}
     )
     max_eval_samples: int = field(default=64, metadata={"help": "Blocks for evaluation during training."})
+    context: str = field(
+        default="blocks",
+        metadata={
+            "help": "What a training example is: blocks of --block_size tokens; or whole documents, read in pieces of "
+            "--chunk_size tokens, between which gradients flow (unbounded) or only states do (truncated)."
+        },
+    )
+    chunk_size: int = field(default=1024, metadata={"help": "Tokens of a document whose activations are kept at once."})
 
 
 ENDLESS = 10**9
@@ -338,11 +349,16 @@ class WindowTrainer(WarmStart, SteppingTrainer):
     """Cuts the text anew in each epoch."""
 
 
+class DocumentTrainer(WholeDocuments, SteppingTrainer):
+    """Trains on whole documents, and evaluates on blocks as all others do."""
+
+
 @dataclass
 class TrainingData:
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
     validation: Dataset
+    train_documents: list[str]
     validation_documents: list[str]
     report: dict
 
@@ -362,6 +378,7 @@ def prepare_data(arguments: DataArguments, model_name_or_path: str | None = None
         tokenizer=tokenizer,
         train=token_blocks(corpus.train, tokenizer, arguments.block_size),
         validation=token_blocks(corpus.validation, tokenizer, arguments.block_size),
+        train_documents=corpus.train,
         validation_documents=corpus.validation,
         report={**corpus.report, "bytes_per_token": bytes_per_token(corpus.validation, tokenizer)},
     )
@@ -649,6 +666,7 @@ def train(
         data = prepared() if prepared else prepare_data(data_arguments, model_arguments.model_name_or_path)
         set_seed(training_arguments.seed)
         model = build_model(model_arguments, data_arguments, data.tokenizer, training_arguments.seed)
+        check_context(model, warm_start(model_arguments), data_arguments)
         if main_process:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "run.json").write_text(json.dumps(settings, indent=1))
@@ -667,9 +685,9 @@ def train(
     trainer = make_trainer(
         warm_start(model_arguments),
         data_arguments,
+        data,
         model=model,
         args=training_arguments,
-        train_dataset=data.train,
         eval_dataset=sample_blocks(data.validation, data_arguments.max_eval_samples),
         processing_class=data.tokenizer,
         data_collator=collate,
@@ -733,12 +751,14 @@ def spent(checkpoint: str | None) -> dict[str, float]:
     return {name: results[name] for name in ("tokens", "seconds")}
 
 
-def make_trainer(warm: bool, data_arguments: DataArguments, **arguments) -> SteppingTrainer:
-    """Over blocks that are always the same or, where their place in the text matters, over windows of it."""
+def make_trainer(warm: bool, data_arguments: DataArguments, data: TrainingData, **arguments) -> SteppingTrainer:
+    """Over blocks that are always the same, over windows where their place in the text matters, or over documents."""
+    if data_arguments.context != "blocks":
+        return make_document_trainer(data_arguments, data, **arguments)
     if not warm and not data_arguments.random_offsets:
-        return SteppingTrainer(**arguments)
+        return SteppingTrainer(train_dataset=data.train, **arguments)
     training_arguments, model = arguments["args"], arguments["model"]
-    tokens = np.concatenate(arguments["train_dataset"].with_format("numpy")["input_ids"][:])
+    tokens = np.concatenate(data.train.with_format("numpy")["input_ids"][:])
     seed = training_arguments.data_seed if training_arguments.data_seed is not None else training_arguments.seed
     windows = Windows(tokens, data_arguments.block_size, seed, data_arguments.random_offsets)
     store = None
@@ -755,7 +775,7 @@ def make_trainer(warm: bool, data_arguments: DataArguments, **arguments) -> Step
             )
         except OSError as error:
             raise RunError(str(error)) from error
-    trainer = WindowTrainer(**{**arguments, "train_dataset": windows}, state_store=store)
+    trainer = WindowTrainer(train_dataset=windows, state_store=store, **arguments)
     steps = len(trainer.get_train_dataloader()) / training_arguments.gradient_accumulation_steps
     if warm and 0 < training_arguments.max_steps < 2 * steps:
         logger.warning(
@@ -763,6 +783,36 @@ def make_trainer(warm: bool, data_arguments: DataArguments, **arguments) -> Step
             f"{training_arguments.max_steps / steps:.1f} epochs. Train for several, or on less text."
         )
     return trainer
+
+
+def make_document_trainer(data_arguments: DataArguments, data: TrainingData, **arguments) -> DocumentTrainer:
+    training_arguments = arguments["args"]
+    training_arguments.include_num_input_tokens_seen = "non_padding"
+    path = Path(training_arguments.output_dir, "documents.int32")
+    with training_arguments.main_process_first():
+        documents = Documents(path, data.train_documents, data.tokenizer, write=training_arguments.process_index == 0)
+    return DocumentTrainer(
+        train_dataset=documents,
+        context=data_arguments.context,
+        chunk_size=data_arguments.chunk_size,
+        **{**arguments, "data_collator": pad},
+    )
+
+
+def check_context(model: PreTrainedModel, warm: bool, arguments: DataArguments) -> None:
+    """Raises a RunError for a --context that does not exist or does not go with the model or the other options."""
+    if arguments.context == "blocks":
+        return
+    if arguments.context not in CONTEXTS:
+        raise RunError(f"--context {arguments.context} does not exist; choose from blocks, {', '.join(CONTEXTS)}.")
+    if arguments.chunk_size < 1:
+        raise RunError("--chunk_size must be at least 1.")
+    if warm or arguments.random_offsets:
+        raise RunError(f"--context {arguments.context} reads whole documents: leave out warm start and random offsets.")
+    try:
+        check_recurrent(model)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def check_access(repo_id: str, token: str | None) -> None:

@@ -252,15 +252,17 @@ class Documents(Dataset):
 
     PART = 1_000_000
 
-    def __init__(self, path: str | Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase):
-        path, ends = Path(path), [0]
-        with path.open("wb") as file:
-            for text in texts:
-                for part in self.parts(text):
-                    np.asarray(tokenizer(part)["input_ids"], dtype=np.int32).tofile(file)
-                np.asarray([tokenizer.eos_token_id], dtype=np.int32).tofile(file)
-                ends.append(file.tell() // 4)
-        self.tokens, self.ends = np.memmap(path, dtype=np.int32, mode="r"), ends
+    def __init__(self, path: str | Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, write: bool = True):
+        """`write`: False if another process has written the file."""
+        path, end = Path(path), np.array([tokenizer.eos_token_id], dtype=np.int32)
+        if write:
+            with path.open("wb") as file:
+                for text in texts:
+                    for part in self.parts(text):
+                        np.asarray(tokenizer(part)["input_ids"], dtype=np.int32).tofile(file)
+                    end.tofile(file)
+        self.tokens = np.memmap(path, dtype=np.int32, mode="r")
+        self.ends = [0, *(np.flatnonzero(self.tokens == end) + 1).tolist()]
 
     def parts(self, text: str) -> Iterator[str]:
         start = 0
@@ -278,7 +280,7 @@ class Documents(Dataset):
 
 def pad(examples: list[dict]) -> dict[str, torch.Tensor]:
     """Documents of different lengths, right-padded; what is padding, the mask says."""
-    ids = [torch.from_numpy(example["input_ids"].astype(np.int64)) for example in examples]
+    ids = [torch.from_numpy(np.array(example["input_ids"], dtype=np.int64)) for example in examples]
     together = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     lengths = torch.tensor([len(document) for document in ids])
     real = torch.arange(together.shape[1]) < lengths[:, None]
