@@ -9,6 +9,7 @@ Ctrl-C, the same command goes on with the others.
 
 import copy
 import json
+import math
 import sys
 import tempfile
 import time
@@ -310,9 +311,10 @@ MODELS: dict[str, Preset | None] = {
     "gpt_nope": Preset(NO_POSITIONS),
     **{name: PRESETS[name] for name in ("gateloop", "gateloop_signed", "gateloop_positive", "hybrid")},
     "token_shift": replace(PRESETS["token_shift"], decoder=NO_POSITIONS),
-    "stateful": replace(PRESETS["stateful"], decoder=NO_POSITIONS),
+    "stateful": Preset(NO_POSITIONS, {"feedback": "gated_add", "num_groups": 16}),
     "stateful_sequential": Preset(NO_POSITIONS, {"feedback": "gated_add", "training_solver": "sequential"}),
-    "warm_start": replace(PRESETS["warm_start"], decoder=NO_POSITIONS),
+    # Of one pass alone, through which no gradient reaches the state before, not every seed makes a start.
+    "warm_start": Preset(NO_POSITIONS, {**PRESETS["warm_start"].stateful, "pass_probabilities": [0.75, 0.25]}, True),
     "lstm": None,
 }
 """None for the one that is no model of ours."""
@@ -341,9 +343,18 @@ class LSTMForCausalLM(PreTrainedModel):
         return CausalLMOutput(loss=loss, logits=logits)
 
 
+def preset_of(name: str, task: Task) -> Preset | None:
+    preset = MODELS[name]
+    if name != "stateful":
+        return preset
+    # A cyclic pass carries a state over as many positions as it has groups, the plain first one over none.
+    passes = math.ceil(task.train_lengths[1] / preset.stateful["num_groups"])
+    return replace(preset, stateful={**preset.stateful, "num_no_grad_passes": passes})
+
+
 def build_model(name: str, task: Task, arguments: "StateTrackingArguments", seed: int) -> PreTrainedModel:
     """All with about as many parameters as `gpt` of the given width and layers."""
-    layers, preset = arguments.num_hidden_layers, MODELS[name] or Preset()
+    layers, preset = arguments.num_hidden_layers, preset_of(name, task) or Preset()
     decoder = dict(preset.decoder)
     if pattern := decoder.get("layer_types"):
         decoder["layer_types"] = [pattern[i % len(pattern)] for i in range(layers)]
@@ -352,7 +363,7 @@ def build_model(name: str, task: Task, arguments: "StateTrackingArguments", seed
         hidden_size=arguments.hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=arguments.num_attention_heads,
-        max_position_embeddings=max(*task.train_lengths, *task.test_lengths, *task.beyond) + 1,
+        max_position_embeddings=max(*task.train_lengths, *lengths_of(task, arguments)) + 1,
         **decoder,
     )
     set_seed(seed)
@@ -379,10 +390,10 @@ class StateTrackingArguments:
     num_hidden_layers: int = 1
     num_attention_heads: int = 4
     curriculum: float = field(
-        default=0.5, metadata={"help": "Share of the training during which the longest sequences become longer."}
+        default=1.0, metadata={"help": "Share of the training during which the longest sequences become longer."}
     )
     warm_start_epochs: int = field(
-        default=50, metadata={"help": "How often warm_start visits its sequences; the others never see one twice."}
+        default=100, metadata={"help": "How often warm_start visits its sequences; the others never see one twice."}
     )
     test_sequences: int = field(default=256, metadata={"help": "Sequences for each test length."})
     test_lengths: list[int] | None = field(default=None, metadata={"help": "Instead of those of the task."})
@@ -390,8 +401,8 @@ class StateTrackingArguments:
 
 @dataclass
 class StateTrackingTraining(TrainArguments):
-    learning_rate: float = 1e-3
-    max_steps: int = 2000
+    learning_rate: float = 3e-3
+    max_steps: int = 1000
     per_device_train_batch_size: int = 128
     weight_decay: float = 0.0
     eval_strategy: str = "no"
@@ -399,6 +410,10 @@ class StateTrackingTraining(TrainArguments):
     save_strategy: str = "no"
     logging_steps: float = 100
     output_dir: str = "runs/state_tracking"
+
+
+def lengths_of(task: Task, arguments: StateTrackingArguments) -> list[int]:
+    return arguments.test_lengths or [*task.test_lengths, *task.beyond]
 
 
 def train_and_test(
@@ -424,8 +439,7 @@ def train_and_test(
             trainer = SteppingTrainer(model, run, collate, fresh)
         trainer.train()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
-    lengths = arguments.test_lengths or [*task.test_lengths, *task.beyond]
-    results = {length: test(model, task, length, arguments.test_sequences) for length in lengths}
+    results = {length: test(model, task, length, arguments.test_sequences) for length in lengths_of(task, arguments)}
     return {
         "parameters": count_parameters(model),
         "seconds": round(seconds),
@@ -442,7 +456,7 @@ def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
     model.eval()
     answers = wrong = sequences_with_an_error = 0
     batch_size = max(1, 2**17 // length)
-    for first in tqdm(range(0, number, batch_size), desc=f"length {length}", leave=False):
+    for first in tqdm(range(0, number, batch_size), desc=f"length {length}", leave=False, disable=None):
         numbers = range(first, min(first + batch_size, number))
         batch = collate([example(task, np.random.default_rng([2**32, length, i]), length) for i in numbers])
         ids, targets = batch["input_ids"][:, :-1].to(model.device), batch["labels"][:, 1:].to(model.device)
@@ -462,12 +476,14 @@ def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
     }
 
 
-def settings_of(model_name: str, arguments: StateTrackingArguments, training: StateTrackingTraining) -> dict:
-    """What decides the result of a run, besides task, model and seed."""
+def settings_of(
+    task: str, model: str, arguments: StateTrackingArguments, training: StateTrackingTraining
+) -> dict[str, Any]:
+    """What decides the result of a run, besides the names and the seed."""
     of_training = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm")
     settings = {name: getattr(training, name) for name in (*of_training, "max_steps", "per_device_train_batch_size")}
     settings |= {k: v for k, v in asdict(arguments).items() if k not in ("tasks", "models", "seeds")}
-    preset = MODELS[model_name]
+    preset = preset_of(model, TASKS[task])
     settings["preset"] = None if preset is None else asdict(preset)
     return json.loads(json.dumps(settings, default=str))
 
@@ -488,7 +504,7 @@ def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) 
     for task in arguments.tasks:
         for model in arguments.models:
             for seed in arguments.seeds:
-                settings = settings_of(model, arguments, training)
+                settings = settings_of(task, model, arguments, training)
                 run: dict[str, Any] = {"task": task, "model": model, "seed": seed, "settings": settings}
                 done = next((r for r in before if all(r[k] == run[k] for k in ("task", "model", "seed"))), run)
                 then = done["settings"]
