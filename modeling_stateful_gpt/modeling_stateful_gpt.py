@@ -584,7 +584,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
     @torch.no_grad()
     def probe_groups(self) -> bool:
         training = [(module, module.training) for module in self.language_model.modules()]
-        embeds = self.get_input_embeddings()(torch.arange(6, device=self.batches_seen.device)[None])
+        ids = torch.arange(6, device=self.batches_seen.device) % self.config.vocab_size
+        embeds = self.get_input_embeddings()(ids[None])
         recurrence = LanguageModelRecurrence(self, embeds, None, None, None)
         recurrence.has_previous, recurrence.can_be_split = torch.zeros_like(recurrence.has_previous), True
         self.language_model.eval()

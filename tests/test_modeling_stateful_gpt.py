@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from modeling_stateful_gpt import GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
+from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
 from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence, logger
 from modeling_stateful_gpt.solvers import jacobi, sequential
 
@@ -328,6 +328,12 @@ def test_attention_that_turns_out_to_make_masks_of_its_own_is_solved_by_jacobi(m
     assert torch.equal(states(model, ids, solver="cyclic"), states(model, ids, solver="jacobi"))
     assert not model.model.takes_groups()
     torch.testing.assert_close(states(model, ids), stepped(model, ids), **tolerance(torch.float32))
+
+
+def test_a_vocabulary_may_have_two_tokens_only():
+    config = GateLoopConfig(vocab_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config)).train()
+    assert model(torch.tensor([[0, 1, 1]])).logits.shape == (1, 3, 2) and model.model.takes_groups()
 
 
 def test_probing_the_language_model_leaves_it_as_it_was():

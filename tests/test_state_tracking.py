@@ -1,0 +1,239 @@
+"""The tasks ask what they say they ask; the command trains, tests, resumes and refuses."""
+
+import json
+import re
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from state_tracking import (
+    IGNORE,
+    MODELS,
+    NOTHING,
+    READ,
+    SYMBOLS,
+    TASKS,
+    WRITE,
+    FreshSequences,
+    RevisitedSequences,
+    StateTrackingArguments,
+    build_model,
+    collate,
+    example,
+    main,
+)
+from train import RunError, count_parameters
+
+lengths, seeds = st.integers(3, 90), st.integers(0, 2**32 - 1)
+
+
+def draw(name, length, seed):
+    tokens, targets = TASKS[name].draw(np.random.default_rng(seed), length)
+    assert len(tokens) == len(targets) and length - 1 <= len(tokens) <= length
+    assert set(tokens) <= set(range(TASKS[name].num_tokens))
+    assert {t for t in targets if t != NOTHING} <= set(range(TASKS[name].num_classes))
+    return tokens, targets
+
+
+def final_answer(name, length, seed):
+    tokens, targets = draw(name, length, seed)
+    assert targets[:-1] == [NOTHING] * (len(tokens) - 1)
+    return tokens, targets[-1]
+
+
+@given(lengths, seeds)
+def test_parity_flips_at_every_one(length, seed):
+    bits, answer = final_answer("parity", length, seed)
+    odd = False
+    for bit in bits:
+        odd = odd != (bit == 1)
+    assert answer == odd
+
+
+@given(lengths, seeds)
+def test_there_are_even_pairs_if_the_first_bit_is_the_last(length, seed):
+    bits, answer = final_answer("even_pairs", length, seed)
+    assert answer == (bits[0] != bits[-1])
+
+
+@given(lengths, seeds)
+def test_a_cycle_is_walked(length, seed):
+    moves, answer = final_answer("cycle_navigation", length, seed)
+    ways = {0: [0, 1, 2, 3, 4], 1: [1, 2, 3, 4, 0], 2: [4, 0, 1, 2, 3]}
+    place = 0
+    for move in moves:
+        place = ways[move][place]
+    assert answer == place
+
+
+@given(st.sampled_from(["modular_arithmetic", "modular_arithmetic_brackets"]), lengths, seeds)
+def test_python_evaluates_the_arithmetic_to_the_same(name, length, seed):
+    tokens, answer = final_answer(name, length, seed)
+    text = "".join(SYMBOLS[token] for token in tokens)
+    assert answer == eval(text) % 5, text
+    if name == "modular_arithmetic":
+        assert re.fullmatch(r"[0-4]([-+*][0-4])*", text) and len(text) == length - 1 + length % 2
+    else:
+        assert len(text) == length
+
+
+@pytest.mark.parametrize("name,order", [("s3", 6), ("a5", 60), ("s5", 120)])
+def test_the_elements_are_a_group_of_the_right_order(name, order):
+    elements = set(TASKS[name].elements)
+    assert len(elements) == order == TASKS[name].num_classes == TASKS[name].num_tokens
+    assert all(tuple(b[a[i]] for i in range(len(a))) in elements for a, b in product(elements, repeat=2))
+    if name == "a5":  # Even permutations have determinant 1.
+        matrices = torch.eye(5)[torch.tensor(TASKS[name].elements)]
+        assert torch.linalg.det(matrices).round().eq(1).all()
+
+
+@given(st.sampled_from(["s3", "a5", "s5"]), lengths, seeds)
+def test_permutations_are_applied_one_after_the_other(name, length, seed):
+    tokens, targets = draw(name, length, seed)
+    elements = TASKS[name].elements
+    things = range(len(elements[0]))
+    for end in range(1, length + 1):
+        went = []
+        for thing in things:
+            for token in tokens[:end]:
+                thing = elements[token][thing]
+            went.append(thing)
+        assert elements[targets[end - 1]] == tuple(went)
+
+
+@given(st.integers(4, 400), seeds)
+def test_every_read_asks_for_the_bit_that_was_last_written(length, seed):
+    tokens, targets = draw("flip_flop", length, seed)
+    assert tokens[0] == WRITE and tokens[-2] == READ
+    assert set(tokens[::2]) <= {WRITE, READ, IGNORE} and set(tokens[1::2]) <= {0, 1}
+    for i, token in enumerate(tokens):
+        if token != READ:
+            assert targets[i] == NOTHING
+            continue
+        last = max(j for j in range(i) if tokens[j] == WRITE)
+        assert targets[i] == tokens[last + 1] == tokens[i + 1]
+
+
+def test_gaps_grow_with_the_length():
+    def gap(length):
+        """The mean distance of a read to the write before it, in tokens."""
+        gaps = []
+        for seed in range(200):
+            tokens, _ = draw("flip_flop", length, seed)
+            for i, token in enumerate(tokens):
+                if token == WRITE:
+                    written = i
+                elif token == READ:
+                    gaps.append(i - written)
+        return np.mean(gaps)
+
+    assert gap(512) / gap(128) == pytest.approx(4, rel=0.2)
+
+
+@given(st.sampled_from(sorted(TASKS)), st.lists(lengths, min_size=1, max_size=4), seeds)
+def test_the_loss_compares_what_is_said_at_a_token_with_what_is_asked_there(name, several, seed):
+    examples = [example(TASKS[name], np.random.default_rng([seed, i]), n) for i, n in enumerate(several)]
+    batch = collate(examples)
+    drawn = [TASKS[name].draw(np.random.default_rng([seed, i]), n) for i, n in enumerate(several)]
+    for row, (tokens, targets) in enumerate(drawn):
+        asked = batch["labels"][row, 1 : len(tokens) + 1].tolist()
+        assert (batch["input_ids"][row, : len(tokens)].tolist(), asked) == (tokens, targets)
+        assert batch["labels"][row, 0] == NOTHING and (batch["labels"][row, len(tokens) + 1 :] == NOTHING).all()
+
+
+def test_training_sequences_are_new_and_become_longer():
+    data = FreshSequences(TASKS["s5"], 1000, seed=0, curriculum=0.5)
+    sizes = [len(data[i]["input_ids"]) - 1 for i in range(len(data))]
+    assert max(sizes[:50]) < 20 and min(sizes) == 3 and max(sizes) == 80
+    assert np.mean(sizes[500:]) == pytest.approx((3 + 80) / 2, rel=0.1)
+    assert len({tuple(data[i]["input_ids"]) for i in range(500, 1000)}) > 480
+    assert data[700] == data[700] != FreshSequences(TASKS["s5"], 1000, seed=1, curriculum=0.5)[700]
+
+
+def test_revisited_sequences_are_the_same_in_every_epoch_and_have_room_of_their_own():
+    data = RevisitedSequences(TASKS["parity"], 100, seed=0, curriculum=0.5, epochs=10)
+    first = [data[i] for i in range(100)]
+    asked = []
+    for epoch in range(10):
+        data.set_epoch(epoch)
+        items = [data[i] for i in range(100)]
+        assert all(item["input_ids"] == before["input_ids"] for item, before in zip(items, first, strict=True))
+        assert all(item["epoch"] == epoch for item in items)
+        asked.append(max(len(item["labels"]) - 1 for item in items if max(item["labels"]) >= 0))
+    assert asked[0] <= 5 and asked == sorted(asked) and asked[5:] == [asked[-1]] * 5
+    ends = [item["start"] + len(item["input_ids"]) for item in first]
+    assert all(end <= item["start"] for end, item in zip(ends, first[1:], strict=False))
+    assert ends[-1] <= data.num_tokens
+
+
+def test_models_have_the_same_number_of_parameters():
+    for layers in (1, 2):
+        arguments = StateTrackingArguments(num_hidden_layers=layers)
+        counts = {name: count_parameters(build_model(name, TASKS["a5"], arguments, 0)) for name in MODELS}
+        assert max(counts.values()) / min(counts.values()) < 1.02, counts
+
+
+TINY = [
+    "--hidden_size=16", "--max_steps=6", "--warm_start_epochs=3", "--warmup_steps=1", "--test_sequences=8",
+    "--test_lengths", "12", "20", "--per_device_train_batch_size=64", "--use_cpu=true", "--disable_tqdm=true",
+]  # fmt: skip
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    def run(*arguments):
+        command = ["state_tracking.py", *TINY, "--output_dir", str(tmp_path / "runs"), *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        main()
+        return [json.loads(line) for line in (tmp_path / "runs/runs.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_every_model_is_trained_and_tested_once(command, tmp_path, capsys):
+    records = command("--models", *MODELS, "--seeds", "0", "1")
+    assert [(r["model"], r["seed"]) for r in records] == [(model, seed) for model in MODELS for seed in (0, 1)]
+    for record in records:
+        assert set(record["results"]) == {"12", "20"} and np.isfinite(record["losses"]).all()
+        for result in record["results"].values():
+            assert result["answers"] == 8 and result["accuracy"] == 1 - result["wrong"] / 8
+            assert result["scaled"] == pytest.approx(2 * result["accuracy"] - 1)
+    assert (tmp_path / "runs/parity.png").read_bytes().startswith(b"\x89PNG")
+    assert "stateful_sequential" in capsys.readouterr().out
+    # The same again does nothing, more adds to it.
+    assert command("--models", *MODELS, "--seeds", "0", "1") == records
+    assert command("--models", "lstm", "--seeds", "0", "2")[:-1] == records
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_can_be_trained_on(task, command):
+    (record,) = command("--tasks", task, "--models", "stateful")
+    assert all(result["answers"] >= 8 for result in record["results"].values())
+
+
+def test_what_is_short_is_learned(command):
+    more = [
+        "--max_steps=300",
+        "--curriculum=1",
+        "--learning_rate=1e-2",
+        "--test_sequences=64",
+        "--test_lengths",
+        "3",
+        "5",
+    ]
+    (record,) = command("--models", "stateful", *more)
+    assert record["results"]["3"]["scaled"] == record["results"]["5"]["scaled"] == 1
+
+
+def test_other_settings_and_unknown_names_are_refused(command):
+    command("--models", "gpt")
+    with pytest.raises(RunError, match=r"parity, gpt, seed 0 with other settings \(hidden_size: 16 then"):
+        command("--models", "gpt", "--hidden_size=32")
+    with pytest.raises(RunError, match="no task 'chess'; choose from parity, even_pairs"):
+        command("--tasks", "chess")
+    with pytest.raises(RunError, match="no model 'rnn'"):
+        command("--models", "rnn")

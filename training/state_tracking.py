@@ -1,0 +1,572 @@
+"""Train models on tasks that need a state, and test them on sequences far longer than those they were trained on.
+
+    python training/state_tracking.py --tasks parity s3 --models stateful gpt --seeds 0 1 2
+
+Takes transformers' TrainingArguments besides its own options; all models get the same. Appends a line per run to
+`runs.jsonl` in the output folder, draws a picture per task and prints a table. Finished runs are not repeated: after
+Ctrl-C, the same command goes on with the others.
+"""
+
+import copy
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise, permutations
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from plot import draw_lengths
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from train import (
+    PRESETS,
+    Preset,
+    RunError,
+    SteppingTrainer,
+    TrainArguments,
+    WindowTrainer,
+    count_parameters,
+    matched_model,
+    run_command,
+    stepped,
+)
+from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.modeling_outputs import CausalLMOutput
+from warm_start import StateStore
+
+from modeling_stateful_gpt import GateLoopConfig
+
+# Wide enough for the table where the output is not a terminal.
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+NOTHING = -100
+"""The target where nothing is asked, as in transformers."""
+
+
+# ---- Tasks ----
+
+
+@dataclass(kw_only=True)
+class Task:
+    """Sequences of the tokens `0 … num_tokens - 1`, and questions whose answers are the tokens `0 … num_classes - 1`.
+
+    Lengths are numbers of tokens. `test_lengths` are those of the published tables, `beyond` what they do not test.
+    """
+
+    num_tokens: int
+    num_classes: int
+    train_lengths: tuple[int, int] = (3, 40)
+    test_lengths: tuple[int, ...] = (40, 64, 96, 128, 192, 256)
+    beyond: tuple[int, ...] = (512, 2048)
+
+    def draw(self, random: np.random.Generator, length: int) -> tuple[list[int], list[int]]:
+        """A sequence of `length` tokens (one less where the task has none of that length), and what is asked at each:
+        the target when this token has been read, or `NOTHING`."""
+        raise NotImplementedError
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.num_tokens, self.num_classes)
+
+    def scaled(self, accuracy: float) -> float:
+        """0 at chance, 1 where all is right."""
+        chance = 1 / self.num_classes
+        return (accuracy - chance) / (1 - chance)
+
+
+@dataclass(kw_only=True)
+class FinalAnswer(Task):
+    """Random tokens, a question at the last one; these are of Delétang et al., "Neural Networks and the Chomsky
+    Hierarchy" (arXiv 2207.02098)."""
+
+    answer: Callable[[list[int]], int]
+
+    def draw(self, random, length):
+        tokens = random.integers(self.num_tokens, size=length).tolist()
+        return tokens, at_the_end(length, self.answer(tokens))
+
+
+def at_the_end(length: int, answer: int) -> list[int]:
+    return [NOTHING] * (length - 1) + [answer]
+
+
+def parity(bits: list[int]) -> int:
+    """Whether the number of ones is odd."""
+    return sum(bits) % 2
+
+
+def even_pairs(bits: list[int]) -> int:
+    """Whether the number of pairs 01 and 10 is odd."""
+    return sum(a != b for a, b in pairwise(bits)) % 2
+
+
+def cycle_navigation(moves: list[int]) -> int:
+    """The place on a circle of five after moves that stay (0), go on (1) or go back (2)."""
+    return (moves.count(1) - moves.count(2)) % 5
+
+
+MODULUS = 5
+SYMBOLS = "01234+-*()"
+"""The tokens of the arithmetic tasks."""
+
+
+def tokens_of(expression: str) -> list[int]:
+    return [SYMBOLS.index(symbol) for symbol in expression]
+
+
+class ModularArithmetic(Task):
+    """`2+3*4-1` modulo 5, products first; only odd lengths exist."""
+
+    def draw(self, random, length):
+        length -= 1 - length % 2
+        numbers = random.integers(MODULUS, size=length // 2 + 1).tolist()
+        operators = random.choice(list("+-*"), size=length // 2).tolist()
+        terms = [numbers[0]]
+        for operator, number in zip(operators, numbers[1:], strict=True):
+            if operator == "*":
+                terms[-1] *= number
+            else:
+                terms.append(number if operator == "+" else -number)
+        rest = "".join(f"{operator}{number}" for operator, number in zip(operators, numbers[1:], strict=True))
+        return tokens_of(f"{numbers[0]}{rest}"), at_the_end(length, sum(terms) % MODULUS)
+
+
+class BracketedArithmetic(Task):
+    """`((1+-4)*(3-(2)))` modulo 5."""
+
+    def draw(self, random, length):
+        expression, value = self.expression(random, length)
+        return tokens_of(expression), at_the_end(length, value % MODULUS)
+
+    def expression(self, random: np.random.Generator, length: int) -> tuple[str, int]:
+        """One of exactly `length` symbols, and its value: two smaller ones with an operator in brackets, which takes at
+        least five; shorter ones are a number, its negative, or one of these in brackets."""
+        if length == 1:
+            number = int(random.integers(MODULUS))
+            return str(number), number
+        if length == 2:
+            text, value = self.expression(random, 1)
+            return f"-{text}", -value
+        if length < 5:
+            text, value = self.expression(random, length - 2)
+            return f"({text})", value
+        left_length = int(random.integers(1, length - 3))
+        left, a = self.expression(random, left_length)
+        right, b = self.expression(random, length - 3 - left_length)
+        operator = "+-*"[random.integers(3)]
+        value = {"+": a + b, "-": a - b, "*": a * b}[operator] % MODULUS
+        return f"({left}{operator}{right})", value
+
+
+Permutation = tuple[int, ...]
+
+
+class GroupWords(Task):
+    """The word problem: a token is an element of the group, and at each is asked for the product of all so far, the
+    first applied first. (Barrington 1989; as a test of language models Merrill et al., arXiv 2404.08819.)"""
+
+    def __init__(self, elements: Sequence[Permutation]):
+        super().__init__(
+            num_tokens=len(elements),
+            num_classes=len(elements),
+            train_lengths=(3, 80),
+            test_lengths=(80, 128, 256),
+            beyond=(512,),
+        )
+        number = {element: i for i, element in enumerate(elements)}
+        self.elements = elements
+        self.products = [[number[tuple(b[i] for i in a)] for b in elements] for a in elements]
+
+    def draw(self, random, length):
+        word = random.integers(self.num_tokens, size=length).tolist()
+        targets = word[:1]
+        for element in word[1:]:
+            targets.append(self.products[targets[-1]][element])
+        return word, targets
+
+
+def symmetric_group(degree: int) -> list[Permutation]:
+    return list(permutations(range(degree)))
+
+
+def alternating_group(degree: int) -> list[Permutation]:
+    """The permutations with an even number of inversions."""
+    return [p for p in symmetric_group(degree) if sum(a > b for i, b in enumerate(p) for a in p[:i]) % 2 == 0]
+
+
+WRITE, READ, IGNORE = 2, 3, 4
+
+
+class FlipFlop(Task):
+    """Instructions, each followed by a bit: write keeps the bit, ignore does not, and at read is asked for the bit that
+    was last written, which then follows. The first writes, the last reads (Liu et al., arXiv 2306.00946, FFL(0.8)).
+
+    A longer sequence than those of training has as many writes and reads as they have: with the length grow the gaps.
+    """
+
+    def draw(self, random, length):
+        active = 0.2 * min(1, self.train_lengths[1] / length)
+        kinds = random.choice([WRITE, READ, IGNORE], p=[active / 2, active / 2, 1 - active], size=length // 2)
+        kinds[0], kinds[-1] = WRITE, READ
+        tokens, targets, memory = [], [], 0
+        for kind, bit in zip(kinds.tolist(), random.integers(2, size=len(kinds)).tolist(), strict=True):
+            if kind == WRITE:
+                memory = bit
+            tokens += [kind, memory if kind == READ else bit]
+            targets += [memory if kind == READ else NOTHING, NOTHING]
+        return tokens, targets
+
+
+TASKS: dict[str, Task] = {
+    "parity": FinalAnswer(num_tokens=2, num_classes=2, answer=parity),
+    "even_pairs": FinalAnswer(num_tokens=2, num_classes=2, answer=even_pairs),
+    "cycle_navigation": FinalAnswer(num_tokens=3, num_classes=5, answer=cycle_navigation),
+    "modular_arithmetic": ModularArithmetic(num_tokens=len(SYMBOLS), num_classes=MODULUS),
+    "modular_arithmetic_brackets": BracketedArithmetic(num_tokens=len(SYMBOLS), num_classes=MODULUS),
+    "s3": GroupWords(symmetric_group(3)),
+    "a5": GroupWords(alternating_group(5)),
+    "s5": GroupWords(symmetric_group(5)),
+    "flip_flop": FlipFlop(num_tokens=5, num_classes=2, train_lengths=(4, 128), test_lengths=(128, 512), beyond=()),
+}
+
+
+def example(task: Task, random: np.random.Generator, length: int) -> dict[str, list[int]]:
+    """A sequence with one more token at its end: transformers compares `labels[t + 1]` with what the model says when it
+    has read `input_ids[t]`."""
+    tokens, targets = task.draw(random, length)
+    return {"input_ids": [*tokens, 0], "labels": [NOTHING, *targets]}
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Shorter sequences are filled up at their end, where a causal model cannot see it and nothing is asked."""
+    batch = {name: torch.tensor([e[name] for e in examples]) for name in ("start", "epoch") if name in examples[0]}
+    for name, filling in (("input_ids", 0), ("labels", NOTHING)):
+        batch[name] = pad_sequence([torch.tensor(e[name]) for e in examples], True, filling)
+    return batch
+
+
+class FreshSequences(Dataset):
+    """Never the same sequence twice. Lengths are uniform from the task's shortest up to a longest, which grows to that
+    of the task over the first `curriculum` (a share) of the training."""
+
+    def __init__(self, task: Task, size: int, seed: int, curriculum: float):
+        self.task, self.size, self.seed, self.curriculum = task, size, seed, curriculum
+
+    def __len__(self) -> int:
+        return self.size
+
+    def longest(self, progress: float) -> int:
+        """After a share of the training."""
+        shortest, longest = self.task.train_lengths
+        return shortest + round(min(1.0, progress / max(self.curriculum, 1e-9)) * (longest - shortest))
+
+    def __getitem__(self, index: int) -> dict:
+        random = np.random.default_rng([self.seed, index])
+        longest = self.longest(index / self.size)
+        return example(self.task, random, int(random.integers(self.task.train_lengths[0], longest + 1)))
+
+
+class RevisitedSequences(FreshSequences):
+    """The same sequences in every epoch, so that each token can start from its state of the epoch before. All are there
+    from the beginning, for their states to settle, but nothing is asked of those that are still too long.
+
+    A sequence's states stand at `start` in a `StateStore` of `num_tokens`.
+    """
+
+    def __init__(self, task: Task, size: int, seed: int, curriculum: float, epochs: int):
+        super().__init__(task, size, seed, curriculum)
+        self.epochs, self.room = epochs, task.train_lengths[1] + 1
+        self.num_tokens = size * self.room
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict:
+        item = super().__getitem__(index)
+        # From the beginning a few lengths, or there might be a batch in which nothing is asked.
+        longest = max(self.longest(self.epoch / self.epochs), self.task.train_lengths[0] + 2)
+        if len(item["input_ids"]) - 1 > longest:
+            item["labels"] = [NOTHING] * len(item["labels"])
+        return {**item, "start": index * self.room, "epoch": self.epoch}
+
+
+# ---- Models ----
+
+NO_POSITIONS = {"position_embedding_type": "none"}
+
+MODELS: dict[str, Preset | None] = {
+    "gpt": PRESETS["gpt"],
+    "gpt_nope": Preset(NO_POSITIONS),
+    **{name: PRESETS[name] for name in ("gateloop", "gateloop_signed", "gateloop_positive", "hybrid")},
+    "token_shift": replace(PRESETS["token_shift"], decoder=NO_POSITIONS),
+    "stateful": Preset(NO_POSITIONS, {"feedback": "gated_add", "num_groups": 16}),
+    "stateful_sequential": Preset(NO_POSITIONS, {"feedback": "gated_add", "training_solver": "sequential"}),
+    # Of one pass alone, through which no gradient reaches the state before, not every seed makes a start.
+    "warm_start": Preset(NO_POSITIONS, {**PRESETS["warm_start"].stateful, "pass_probabilities": [0.75, 0.25]}, True),
+    "lstm": None,
+}
+"""None for the one that is no model of ours."""
+
+
+class LSTMConfig(PreTrainedConfig):
+    model_type = "lstm"
+
+
+class LSTMForCausalLM(PreTrainedModel):
+    """Embedding, `torch.nn.LSTM`, and the embedding again as the head."""
+
+    config_class = LSTMConfig
+
+    def __init__(self, vocab_size: int, width: int, layers: int):
+        super().__init__(LSTMConfig())
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.lstm = nn.LSTM(width, width, layers, batch_first=True)
+        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs) -> CausalLMOutput:
+        logits = self.head(self.lstm(self.embedding(input_ids))[0])
+        loss = None if labels is None else self.loss_function(logits, labels, self.embedding.num_embeddings, **kwargs)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def preset_of(name: str, task: Task) -> Preset | None:
+    preset = MODELS[name]
+    if name != "stateful":
+        return preset
+    # A cyclic pass carries a state over as many positions as it has groups, the plain first one over none.
+    passes = math.ceil(task.train_lengths[1] / preset.stateful["num_groups"])
+    return replace(preset, stateful={**preset.stateful, "num_no_grad_passes": passes})
+
+
+def build_model(name: str, task: Task, arguments: "StateTrackingArguments", seed: int) -> PreTrainedModel:
+    """All with about as many parameters as `gpt` of the given width and layers."""
+    layers, preset = arguments.num_hidden_layers, preset_of(name, task) or Preset()
+    decoder = dict(preset.decoder)
+    if pattern := decoder.get("layer_types"):
+        decoder["layer_types"] = [pattern[i % len(pattern)] for i in range(layers)]
+    config = GateLoopConfig(
+        vocab_size=task.vocab_size,
+        hidden_size=arguments.hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=arguments.num_attention_heads,
+        max_position_embeddings=max(*task.train_lengths, *lengths_of(task, arguments)) + 1,
+        **decoder,
+    )
+    set_seed(seed)
+    model = matched_model(config, preset.stateful)
+    if MODELS[name] is not None:
+        return model
+    # The embedding, and 8 (D² + D) numbers a layer.
+    parameters, sizes = count_parameters(model), range(1, 4 * arguments.hidden_size)
+    width = min(sizes, key=lambda d: abs(task.vocab_size * d + 8 * layers * (d * d + d) - parameters))
+    return LSTMForCausalLM(task.vocab_size, width, layers)
+
+
+# ---- Training and testing ----
+
+
+@dataclass
+class StateTrackingArguments:
+    tasks: list[str] = field(default_factory=lambda: ["parity"], metadata={"help": f"Of {', '.join(TASKS)}."})
+    models: list[str] = field(
+        default_factory=lambda: ["stateful", "gpt"], metadata={"help": f"Of {', '.join(MODELS)}."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0])
+    hidden_size: int = 64
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 4
+    curriculum: float = field(
+        default=1.0, metadata={"help": "Share of the training during which the longest sequences become longer."}
+    )
+    warm_start_epochs: int = field(
+        default=100, metadata={"help": "How often warm_start visits its sequences; the others never see one twice."}
+    )
+    test_sequences: int = field(default=256, metadata={"help": "Sequences for each test length."})
+    test_lengths: list[int] | None = field(default=None, metadata={"help": "Instead of those of the task."})
+
+
+@dataclass
+class StateTrackingTraining(TrainArguments):
+    learning_rate: float = 3e-3
+    max_steps: int = 1000
+    per_device_train_batch_size: int = 128
+    weight_decay: float = 0.0
+    eval_strategy: str = "no"
+    eval_on_start: bool = False
+    save_strategy: str = "no"
+    logging_steps: float = 100
+    output_dir: str = "runs/state_tracking"
+
+
+def lengths_of(task: Task, arguments: StateTrackingArguments) -> list[int]:
+    return arguments.test_lengths or [*task.test_lengths, *task.beyond]
+
+
+def train_and_test(
+    task_name: str, model_name: str, seed: int, arguments: StateTrackingArguments, training: StateTrackingTraining
+) -> dict:
+    """A run: the record of what was done and what came out."""
+    task = TASKS[task_name]
+    model = build_model(model_name, task, arguments, seed)
+    size = training.max_steps * training.per_device_train_batch_size
+    started, used = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        run = copy.copy(training)
+        run.seed, run.output_dir = seed, folder
+        preset = MODELS[model_name]
+        if preset is not None and preset.warm_start:
+            epochs = arguments.warm_start_epochs
+            revisited = RevisitedSequences(task, size // epochs, seed, arguments.curriculum, epochs)
+            store = StateStore(Path(folder, "states"), revisited.num_tokens, arguments.hidden_size)
+            trainer = WindowTrainer(model, run, collate, revisited, state_store=store)
+        else:
+            run.train_sampling_strategy = "sequential"
+            fresh = FreshSequences(task, size, seed, arguments.curriculum)
+            trainer = SteppingTrainer(model, run, collate, fresh)
+        trainer.train()
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
+    results = {length: test(model, task, length, arguments.test_sequences) for length in lengths_of(task, arguments)}
+    return {
+        "parameters": count_parameters(model),
+        "seconds": round(seconds),
+        "cpu_seconds": round(cpu_seconds),
+        "test_seconds": round(time.perf_counter() - started - seconds),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "results": results,
+    }
+
+
+@torch.no_grad()
+def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
+    """On the same `number` sequences of one length for every model; what has feedback is stepped."""
+    model.eval()
+    answers = wrong = sequences_with_an_error = 0
+    batch_size = max(1, 2**17 // length)
+    for first in tqdm(range(0, number, batch_size), desc=f"length {length}", leave=False, disable=None):
+        numbers = range(first, min(first + batch_size, number))
+        batch = collate([example(task, np.random.default_rng([2**32, length, i]), length) for i in numbers])
+        ids, targets = batch["input_ids"][:, :-1].to(model.device), batch["labels"][:, 1:].to(model.device)
+        errors = (model(input_ids=ids, use_cache=False, **stepped(model)).logits.argmax(-1) != targets) & (
+            targets != NOTHING
+        )
+        answers += int((targets != NOTHING).sum())
+        wrong += int(errors.sum())
+        sequences_with_an_error += int(errors.any(1).sum())
+    accuracy = 1 - wrong / answers
+    return {
+        "accuracy": accuracy,
+        "scaled": task.scaled(accuracy),
+        "answers": answers,
+        "wrong": wrong,
+        "sequences_with_an_error": sequences_with_an_error,
+    }
+
+
+def settings_of(
+    task: str, model: str, arguments: StateTrackingArguments, training: StateTrackingTraining
+) -> dict[str, Any]:
+    """What decides the result of a run, besides the names and the seed."""
+    of_training = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm")
+    settings = {name: getattr(training, name) for name in (*of_training, "max_steps", "per_device_train_batch_size")}
+    settings |= {k: v for k, v in asdict(arguments).items() if k not in ("tasks", "models", "seeds")}
+    preset = preset_of(model, TASKS[task])
+    settings["preset"] = None if preset is None else asdict(preset)
+    return json.loads(json.dumps(settings, default=str))
+
+
+def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) -> list[dict]:
+    """The records of all runs, of which those in the output folder are not done again.
+
+    Raises:
+        RunError: an unknown task or model, or a run in the folder that was made with other settings.
+    """
+    for kind, names, table in (("task", arguments.tasks, TASKS), ("model", arguments.models, MODELS)):
+        for name in names:
+            if name not in table:
+                raise RunError(f"There is no {kind} {name!r}; choose from {', '.join(table)}.")
+    file = Path(training.output_dir, "runs.jsonl")
+    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    runs = []
+    for task in arguments.tasks:
+        for model in arguments.models:
+            for seed in arguments.seeds:
+                settings = settings_of(task, model, arguments, training)
+                run: dict[str, Any] = {"task": task, "model": model, "seed": seed, "settings": settings}
+                done = next((r for r in before if all(r[k] == run[k] for k in ("task", "model", "seed"))), run)
+                then = done["settings"]
+                changed = [f"{k}: {then.get(k)!r} then" for k in settings if then.get(k) != settings[k]]
+                if changed:
+                    raise RunError(
+                        f"{file} has {task}, {model}, seed {seed} with other settings ({', '.join(changed)}). Use the "
+                        f"same settings, or another --output_dir."
+                    )
+                runs.append(done)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for number, run in enumerate(runs, start=1):
+        if "results" in run:
+            continue
+        console.rule(f"{run['task']}, {run['model']}, seed {run['seed']} ({number} of {len(runs)})")
+        run |= train_and_test(run["task"], run["model"], run["seed"], arguments, training)
+        with file.open("a") as lines:
+            lines.write(json.dumps(run) + "\n")
+        accuracies = ", ".join(f"{length}: {result['scaled']:.3f}" for length, result in run["results"].items())
+        console.print(f"{run['cpu_seconds']} s of CPU time. Scaled accuracy at length {accuracies}")
+    # As they will be read.
+    return json.loads(json.dumps(runs))
+
+
+def show_table(task: str, runs: list[dict]) -> None:
+    """A row for each model; the tests are those of the published tables, and the longest sequences beyond them."""
+    lengths = [n for n in runs[0]["results"] if int(n) not in TASKS[task].beyond] or list(runs[0]["results"])
+    longest = max(runs[0]["results"], key=int)
+    title = f"{task}: scaled accuracy, mean over the lengths {', '.join(lengths)}; and at {longest}"
+    columns = ("model", "parameters", "CPU seconds", "worst seed", "mean", "wrong answers", f"{longest}, worst seed")
+    table = Table(*columns, title=title)
+    for model in dict.fromkeys(run["model"] for run in runs):
+        seeds = [run for run in runs if run["model"] == model]
+        scores = [mean(run["results"][n]["scaled"] for n in lengths) for run in seeds]
+        wrong, answers = (sum(run["results"][n][k] for run in seeds for n in lengths) for k in ("wrong", "answers"))
+        table.add_row(
+            model,
+            f"{seeds[0]['parameters']:,}",
+            f"{mean(run['cpu_seconds'] for run in seeds):.0f}",
+            f"{min(scores):.3f}",
+            f"{mean(scores):.3f}",
+            f"{wrong:,} of {answers:,}",
+            f"{min(run['results'][longest]['scaled'] for run in seeds):.3f}",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = HfArgumentParser((StateTrackingArguments, StateTrackingTraining), description=__doc__)
+    arguments, training = parser.parse_args_into_dataclasses()
+    try:
+        runs = run_all(arguments, training)
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Finished runs are kept; run the same command again to go on with the others.")
+    for task in arguments.tasks:
+        done = [run for run in runs if run["task"] == task]
+        show_table(task, done)
+        models = {model: [run for run in done if run["model"] == model] for model in arguments.models}
+        picture = Path(training.output_dir, f"{task}.png")
+        draw_lengths(models, TASKS[task].train_lengths[1], picture)
+        console.print(f"Accuracy against length: {picture}")
+
+
+if __name__ == "__main__":
+    run_command(main)
