@@ -311,9 +311,9 @@ class SteppingTrainer(Trainer):
     what each evaluation has cost: the tokens and `train_seconds` of this run and, `before`, of those it goes on from.
     """
 
-    def __init__(self, *args, before: dict[str, float], **kwargs):
+    def __init__(self, *args, before: dict[str, float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.before = before
+        self.before = before or {"tokens": 0, "seconds": 0.0}
         self.add_callback(TrainingClock(self.args.max_seconds))
 
     @property
