@@ -135,25 +135,29 @@ class RecurrentStateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state: torch.Tensor | None = None
-        self.seen = 0
         self.state_before: torch.Tensor | None = None
-        self.recorded: dict[str, torch.Tensor] | None = None
+        self.recur: Callable[..., tuple] | None = None
+        self.seen = 0
+        self.recorded: list[dict[str, torch.Tensor]] = []
 
     def update(  # type: ignore[override]
         self, x: torch.Tensor, recur: Callable[..., tuple], **inputs: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the recurrence on from the state, None at first: `recur(state, x=x, **inputs)` gives first the output
         and the new state, which are returned. All inputs are `[B, T, …]`."""
-        self.device, self.recur = x.device, recur
+        self.device = x.device
         self.seen += x.shape[1]
         inputs = {"x": x, **{name: z for name, z in inputs.items() if z is not None}}
         if self.record_past:
-            if self.recorded is None:
-                self.state_before, self.recorded = self.state, inputs
-            else:
-                self.recorded = {name: torch.cat([z, inputs[name]], dim=1) for name, z in self.recorded.items()}
-        y, self.state, *_ = recur(self.state, **inputs)
-        return y, self.state
+            if not self.recorded:
+                self.state_before = self.state
+            self.recur = recur
+            self.recorded.append(inputs)
+        return self.advance(recur, inputs), self.state
+
+    def advance(self, recur: Callable[..., tuple], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        y, self.state = recur(self.state, **inputs)
+        return y
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -162,7 +166,7 @@ class RecurrentStateLayer(CacheLayerMixin):
         """Takes back the last `-tokens_to_remove` tokens, at most those since the last crop."""
         if tokens_to_remove > 0:
             raise ValueError("Say how many tokens to remove as a negative number.")
-        recorded = self.recorded["x"].shape[1] if self.recorded is not None else 0
+        recorded = sum(inputs["x"].shape[1] for inputs in self.recorded)
         if (keep := recorded + tokens_to_remove) < 0:
             raise RuntimeError(
                 f"Cannot remove {-tokens_to_remove} tokens: {recorded} were recorded since the last crop. Call "
@@ -171,10 +175,11 @@ class RecurrentStateLayer(CacheLayerMixin):
         if tokens_to_remove < 0:
             self.seen += tokens_to_remove
             self.state = self.state_before
-            if keep > 0:
-                kept = {name: z[:, :keep] for name, z in self.recorded.items()}
-                _, self.state, *_ = self.recur(self.state_before, **kept)
-        self.state_before = self.recorded = None
+            for inputs in self.recorded:
+                if keep > 0:
+                    self.advance(self.recur, {name: z[:, :keep] for name, z in inputs.items()})
+                keep -= inputs["x"].shape[1]
+        self.recorded, self.state_before, self.recur = [], None, None
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         """There is nothing to allocate: the first update brings the state."""
@@ -207,8 +212,7 @@ class RecurrentStateLayer(CacheLayerMixin):
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Changes every tensor, all of which have the batch first."""
         self.state, self.state_before = (None if z is None else change(z) for z in (self.state, self.state_before))
-        if self.recorded is not None:
-            self.recorded = {name: change(z) for name, z in self.recorded.items()}
+        self.recorded = [{name: change(z) for name, z in inputs.items()} for inputs in self.recorded]
 
 
 class GateLoopStateLayer(RecurrentStateLayer):
@@ -216,10 +220,26 @@ class GateLoopStateLayer(RecurrentStateLayer):
 
 
 class ReversibleStateLayer(RecurrentStateLayer):
+    """As a state of integers has no gradient, the one that comes back from later tokens goes through `carrier`,
+    `[B, 2, S]` (see `ReversibleCell.forward`)."""
+
     _layer_type = "reversible"
 
+    def reset(self) -> None:
+        super().reset()
+        self.carrier: torch.Tensor | None = None
 
-RECURRENT_LAYER_TYPES = (GateLoopStateLayer._layer_type, ReversibleStateLayer._layer_type)
+    def advance(self, recur: Callable[..., tuple], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        y, self.state, carrier = recur(self.state, **inputs, carrier=self.carrier)
+        self.carrier = carrier if carrier.requires_grad else None
+        return y
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().each(change)
+        self.carrier = None if self.carrier is None else change(self.carrier)
+
+
+RECURRENT_LAYER_TYPES = {GateLoopStateLayer._layer_type, ReversibleStateLayer._layer_type}
 # As they never grow, they serve a static cache as well.
 STATIC_LAYER_TYPE_MAPPING["gateloop"] = GateLoopStateLayer
 STATIC_LAYER_TYPE_MAPPING["reversible"] = ReversibleStateLayer

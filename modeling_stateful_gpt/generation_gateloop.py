@@ -30,7 +30,7 @@ class RecurrentGenerationMixin(GenerationMixin):
     def carries_state(self) -> bool:
         """Whether there is more to carry from step to step than keys and values."""
         layer_types = getattr(self.config.get_text_config(), "layer_types", None) or []
-        return any(layer_type in layer_types for layer_type in RECURRENT_LAYER_TYPES)
+        return not RECURRENT_LAYER_TYPES.isdisjoint(layer_types)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

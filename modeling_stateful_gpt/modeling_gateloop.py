@@ -31,14 +31,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import fill_in_layers
+from .cache import RECURRENT_LAYER_TYPES, fill_in_layers
 from .configuration_gateloop import GateLoopConfig
 from .gate_loop import gate_loop, linear_scan
 from .generation_gateloop import RecurrentGenerationMixin, position_limit
 from .hub import HubModel
+from .precision import FullPrecisionLinear
 from .reversible import ReversibleCell
 
 T = TypeVar("T")
@@ -121,17 +122,6 @@ class Attention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)
         return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
-
-
-class FullPrecisionLinear(nn.Linear):
-    """Computes in fp32 at least, whatever the type of input and weights and whatever autocast says. Transitions need
-    it: they are multiplied with each other, and in bf16 0.998 and 1 are neighbours."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with maybe_autocast(x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
 class Magnitude(FullPrecisionLinear):
@@ -593,9 +583,9 @@ class GateLoopModel(GateLoopPreTrainedModel):
         self.layers = nn.ModuleList(GateLoopDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        if "gateloop" in config.layer_types:
+        if RECURRENT_LAYER_TYPES & set(config.layer_types):
             # Loaded in fp16, transitions stay as they are, and quantizers leave them alone (see FullPrecisionLinear).
-            self._keep_in_fp32_modules = [".*transition"]
+            self._keep_in_fp32_modules = [".*transition", ".*cell"]
         self.post_init()
 
     @merge_with_config_defaults

@@ -15,6 +15,9 @@ A state is one tensor `[B, 2, R, S]`: two halves, S wide, of R rows (see `FORMS`
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
+
+from .precision import FullPrecisionLinear
 
 FRACTION_BITS = 30
 """The resolution is about 1e-9, and as an update is smaller than 1, 2^33 of them cannot overflow."""
@@ -152,7 +155,7 @@ class Forgetting:
         buffer = full >> GATE_BITS
         if (overflowed := buffer < LOWEST).any():
             buffer = buffer.clone()
-            buffer[overflowed] = (buffer[overflowed] << WORD_BITS) + words.pop(int(overflowed.sum()))
+            buffer[overflowed] = (buffer[overflowed] << WORD_BITS) + words.pop(int(overflowed.sum())).to(buffer.device)
         return torch.stack([values, buffer], 1)
 
     @staticmethod
@@ -255,6 +258,11 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, states_gradient, _, final_gradient):
+        with maybe_autocast(states_gradient.device.type, enabled=False):
+            return Scan.gradients(ctx, states_gradient, final_gradient)
+
+    @staticmethod
+    def gradients(ctx, states_gradient, final_gradient):
         x, weight, states, initial, real, starts = ctx.saved_tensors
         before = torch.cat([initial[None], states[:-1]])
         if starts is not None:
@@ -300,7 +308,7 @@ class ReversibleCell(nn.Module):
         if form not in FORMS:
             raise ValueError(f"form {form!r} does not exist; choose from {sorted(FORMS)}.")
         self.form, self.state_size = FORMS[form], state_size
-        self.x_proj = nn.Linear(input_size, 2 * self.form.parts * state_size)
+        self.x_proj = FullPrecisionLinear(input_size, 2 * self.form.parts * state_size)
         # No nn.Linear: adapters (peft) replace those, and this one is not called as a module.
         self.state_weight = nn.Parameter(torch.empty(2, self.form.parts * state_size, state_size))
         self.reset_parameters()
@@ -308,15 +316,15 @@ class ReversibleCell(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float | None = None) -> None:
         init.normal_(self.state_weight, std=self.state_size**-0.5 if std is None else std)
-        init.zeros_(self.x_proj.bias)
+        bias = torch.zeros(2, self.form.parts, self.state_size, dtype=torch.float64)
         if self.form is Forgetting:
             places = (torch.arange(self.state_size, dtype=torch.float64) + 0.5) / self.state_size
-            logits = -torch.expm1(self.LONGEST_HORIZON**-places).log()
-            init.copy_(self.x_proj.bias.view(2, 3, -1)[:, 2], logits.expand(2, -1))
+            bias[:, 2] = -torch.expm1(self.LONGEST_HORIZON**-places).log()
+        init.copy_(self.x_proj.bias, bias.flatten())
 
     def initial_state(self, batch: int) -> torch.Tensor:
         """The empty state `[B, 2, R, S]`."""
-        return self.form.initial((batch, 2, self.state_size), self.x_proj.weight.device)
+        return self.form.initial((batch, 2, self.state_size), self.state_weight.device)
 
     def forward(
         self,
@@ -347,22 +355,23 @@ class ReversibleCell(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         # The last bits of a matrix product depend on how its operands are aligned: a copy is as every other. Time comes
         # first, so that a step's inputs lie together.
-        inputs = self.x_proj(x.clone()).to(dtype).unflatten(-1, (2, -1)).transpose(0, 1).contiguous()
+        inputs = self.x_proj(x.clone()).unflatten(-1, (2, -1)).transpose(0, 1).contiguous()
         if state is None:
-            state = self.initial_state(len(x))
+            state = self.form.initial((len(x), 2, self.state_size), x.device)
         if carrier is None:
             carrier = inputs.new_zeros(len(x), 2, self.state_size)
-        states, other, carrier = Scan.apply(
-            inputs,
-            self.state_weight.to(dtype),
-            carrier,
-            state,
-            self.form,
-            None if real is None else real.bool().T[..., None],
-            None if starts is None else starts.bool().T,
-            words,
-            backwards,
-        )
+        with maybe_autocast(x.device.type, enabled=False):
+            states, other, carrier = Scan.apply(
+                inputs,
+                self.state_weight.to(dtype),
+                carrier,
+                state,
+                self.form,
+                None if real is None else real.bool().T[..., None],
+                None if starts is None else starts.bool().T,
+                words,
+                backwards,
+            )
         return states.transpose(0, 1).flatten(2), other, carrier
 
     def step(

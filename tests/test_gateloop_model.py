@@ -6,7 +6,7 @@ from test_generation import MODES, NEW, generate
 from tiny import LLAMA_LIKE, tokens
 from transformers import DynamicCache, StaticCache
 
-from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM
+from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTForCausalLM
 
 MIXTURES = {
     "pure": {"layer_types": ["gateloop"] * 2},
@@ -194,3 +194,55 @@ def test_labels_and_hidden_states_are_those_of_a_causal_language_model(mixture):
     logits = model(changed).logits
     torch.testing.assert_close(logits[:, :6], out.logits[:, :6])
     assert not torch.allclose(logits[:, 6:], out.logits[:, 6:])
+
+
+@pytest.mark.parametrize("mixture", ["pure", "reversible", "reversible, forgetting"])
+def test_in_pieces_gradients_are_those_of_the_whole(mixture):
+    model, ids = decoder(mixture), tokens(2, 11)
+    model(ids, use_cache=False).logits.square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    cache = DynamicCache(config=model.config)
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(3, 1)]
+    torch.cat(pieces, 1).square().sum().backward()
+    for whole, parameter in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, whole, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("mixture", ["reversible", "reversible, forgetting"])
+@pytest.mark.parametrize("feedback", ["gated_add", "glu"])
+def test_a_stateful_gpt_around_reversible_layers_is_solved_and_trained_as_it_is_stepped(mixture, feedback):
+    backbone, ids = decoder(mixture), tokens(2, 9)
+    model = StatefulGPTForCausalLM.from_backbone(backbone, feedback=feedback, training_solver="sequential")
+    with torch.no_grad():
+        for parameter in model.model.feedback.parameters():
+            parameter.normal_(std=0.3)
+        solved = model.eval()(ids, solver="jacobi").logits
+        torch.testing.assert_close(solved, model(ids, solver="sequential").logits, rtol=1e-3, atol=1e-3)
+        assert torch.equal(generate(model, ids), generate(model, ids, use_cache=False))
+    gradients = []
+    for how in ({"solver": "sequential"}, {"solver": "jacobi", "num_passes": 9}):
+        last = model.train().model(ids, use_cache=False, **how).pass_hidden_states[-1]
+        model.lm_head(last).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for stepped, passed in zip(*gradients, strict=True):
+        assert (stepped - passed).norm() <= 1e-5 * stepped.norm() + 1e-8
+
+
+@pytest.mark.parametrize("mixture", ["pure", "reversible", "reversible, forgetting"])
+def test_cropping_remembers_which_tokens_were_padding(mixture):
+    model, ids = decoder(mixture), tokens(2, 10)
+    mask = torch.ones_like(ids)
+    mask[1, 5:7] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits[:, 8:]
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        for start, end in ((0, 4), (4, 8)):
+            model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+        wrong = torch.cat([mask, torch.ones_like(mask[:, :2])], 1)[:, :10]
+        model(tokens(2, 2, seed=1), attention_mask=wrong, past_key_values=cache)
+        cache.crop(-2)
+        found = model(ids[:, 8:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -194,3 +194,12 @@ def test_gates_start_with_horizons_from_one_step_to_the_longest():
     horizons = -1 / bias[:, 2].sigmoid().log()
     assert horizons.min() > 1 and horizons.max() < ReversibleCell.LONGEST_HORIZON and not bias[:, :2].any()
     torch.testing.assert_close(horizons[0].log().diff(), torch.full((63,), horizons[0].log().diff()[0].item()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_changes_no_gate(form):
+    """In bf16 the gates of long horizons would be 1."""
+    made, x = cell(form, torch.float32, scale=1.0), torch.randn(2, 20, 5)
+    expected = made(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made(x)[0], expected)

@@ -10,10 +10,11 @@ from data import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import NO_SPECIAL_TOKENS, VOCAB, tokens
+from tokenizers.processors import TemplateProcessing
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
 from unbounded import Documents, WholeDocuments, backward_through_time, pad, same_dropout, truncated_backward
 
-from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM
+from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTForCausalLM
 
 MIXTURES = {
     "reversible": {"layer_types": ["reversible"] * 2},
@@ -42,14 +43,10 @@ def gradients(model):
 
 
 def stored(model, ids, labels, chunk_size, mask=None):
-    """Plain backpropagation through time, everything stored: the same pieces, whose dropout is drawn alike, one graph.
-    Between them, the gradients of reversible states, which are integers, go through carriers."""
+    """Plain backpropagation through time, everything stored: one graph over the same pieces, their dropout drawn
+    alike."""
     seed = int(torch.randint(2**62, ()))
     cache = DynamicCache(config=model.config)
-    carriers = {}
-    for number, layer in enumerate(model.model.layers):
-        if layer.layer_type == "reversible":
-            layer.mixer.recur = carrying(layer.mixer, carriers, number)
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     count = (targets != -100).sum()
     loss = 0.0
@@ -61,22 +58,12 @@ def stored(model, ids, labels, chunk_size, mask=None):
         shifted = targets[:, piece].contiguous()
         loss += model.loss_function(logits, None, VOCAB, shift_labels=shifted, num_items_in_batch=count)
     loss.backward()
-    for layer in model.model.layers:
-        vars(layer.mixer).pop("recur", None)
     return loss.detach()
-
-
-def carrying(mixer, carriers, number):
-    def recur(state, x, real=None, starts=None):
-        y, state, carriers[number] = mixer.cell(x, state, real, starts, carrier=carriers.get(number))
-        return y, state
-
-    return recur
 
 
 @every_mixture
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("length, chunk_size", [(37, 8), (37, 37), (37, 100), (5, 1), (1, 4)])
+@pytest.mark.parametrize("length, chunk_size", [(37, 8), (37, 37), (37, 100), (5, 1), (1, 4), (4096, 1000)])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_loss_and_gradients_are_those_of_storing_everything(mixture, dtype, length, chunk_size, ragged):
     model, ids = decoder(mixture, dtype), tokens(3, length)
@@ -132,6 +119,20 @@ def test_what_looks_back_at_every_token_is_refused():
         backward_through_time(model, tokens(1, 5), tokens(1, 5), 2)
 
 
+def test_gradient_checkpointing_which_leaves_out_the_cache_is_refused():
+    model = decoder("gateloop")
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="leave out gradient checkpointing"):
+        backward_through_time(model, tokens(1, 5), tokens(1, 5), 2)
+
+
+def test_a_stateful_gpt_without_feedback_is_its_decoder():
+    model = StatefulGPTForCausalLM.from_backbone(decoder("mixed", dropout=0.0), feedback=None).train()
+    ids = tokens(2, 9)
+    expected = model(ids, labels=ids, use_cache=False).loss.detach()
+    torch.testing.assert_close(backward_through_time(model, ids, ids, 4), expected.float())
+
+
 def test_bad_arguments_are_refused():
     model = decoder("gateloop")
     with pytest.raises(ValueError, match="chunk_size is 0"):
@@ -164,6 +165,16 @@ def test_documents_are_tokenised_in_parts_to_what_they_are_as_a_whole(texts, par
         assert len(documents) == len(texts)
         for document, text in zip(documents, texts, strict=False):
             assert document["input_ids"].tolist() == [*text.encode(), tokenizer.eos_token_id]
+
+
+def test_a_tokenizers_start_token_is_not_in_the_middle_of_a_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(Documents, "PART", 2)
+    tokenizer = byte_tokenizer()
+    template = TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.pad_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    (document,) = Documents(tmp_path / "tokens", ["ab\ncd\nef"], tokenizer)
+    assert document["input_ids"].tolist() == [tokenizer.pad_token_id, *b"ab\ncd\nef", tokenizer.eos_token_id]
+    assert len(Documents(tmp_path / "again", ["a<|endoftext|>b"], tokenizer)) == 1
 
 
 def test_documents_of_different_lengths_are_padded_and_the_padding_is_told():
@@ -213,3 +224,12 @@ def test_a_trainer_refuses_a_model_that_looks_back_at_every_token(tmp_path):
     config = {"vocab_size": VOCAB, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     with pytest.raises(ValueError, match=r"layers 0 \(full_attention\)"):
         DocumentTrainer(GateLoopForCausalLM(GateLoopConfig(**config)), TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"label_smoothing_factor": 0.1}, {"gradient_checkpointing": True}, {"average_tokens_across_devices": False}],
+)
+def test_a_trainer_refuses_what_it_would_not_do(tmp_path, option):
+    with pytest.raises(ValueError, match="mean loss over all tokens"):
+        DocumentTrainer(decoder("gateloop"), TrainingArguments(str(tmp_path), use_cpu=True, **option))

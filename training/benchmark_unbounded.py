@@ -28,13 +28,13 @@ from transformers import set_seed
 from unbounded import Batch, backward_through_time, truncated_backward
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM
-from modeling_stateful_gpt.reversible import ReversibleCell, Words, soften
+from modeling_stateful_gpt.reversible import FORMS, FRACTION_BITS, ReversibleCell, Words, soften
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 WIDTH, DEPTH, CHUNK = 64, 2, 1000
-DECODERS = {
+DECODERS: dict[str, dict] = {
     "reversible": {"layer_types": ["reversible"] * DEPTH},
     "forgetting": {"layer_types": ["reversible"] * DEPTH, "reversible_form": "forgetting"},
     "gateloop": {"layer_types": ["gateloop"] * DEPTH},
@@ -145,16 +145,16 @@ def time(arguments: argparse.Namespace) -> None:
         model, ids = decoder(name), torch.randint(256, (1, arguments.length))
         for way in ("unbounded", "checkpointed", "truncated"):
             what = f"{name}, {way} against stored, T = {arguments.length}"
-            runs = (partial(WAYS[kind], model, ids, CHUNK) for kind in (way, "stored"))
-            print(json.dumps(paired_ratio(*runs, arguments.pairs, what)), flush=True)
+            measured, reference = (partial(WAYS[kind], model, ids, CHUNK) for kind in (way, "stored"))
+            print(json.dumps(paired_ratio(measured, reference, arguments.pairs, what)), flush=True)
 
 
 @torch.no_grad()
 def drift(arguments: argparse.Namespace) -> None:
     """Bits that differ after running forwards and backwards, and how far states of floating point come off."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    cells = {"additive": None, "forgetting": None}
-    for form in cells:
+    cells: dict[str, ReversibleCell] = {}
+    for form in FORMS:
         model = load_model(arguments.checkpoint[form]) if form in arguments.checkpoint else None
         set_seed(0)
         cell = ReversibleCell(WIDTH, WIDTH // 2, form) if model is None else model.model.layers[0].mixer.cell
@@ -169,14 +169,20 @@ def drift(arguments: argparse.Namespace) -> None:
             generator.manual_seed(seed)
             _, state, _ = cell(piece(), state, words=words, backwards=True)
         differing = (state ^ cell.initial_state(1)).ne(0).sum().item() + words.number
-        report = {"form": form, "steps": len(inputs) * CHUNK, "words_that_differ": differing}
-        report["largest_state"] = round((far[:, :, 0].abs().max() * 2.0**-30).item(), 2)
-        report["bits_per_step_and_unit"] = round(stored_bits / (report["steps"] * 2 * cell.state_size), 4)
-        print(json.dumps({**report, "trained": form in arguments.checkpoint}), flush=True)
+        steps = len(inputs) * CHUNK
+        report = {
+            "form": form,
+            "trained": form in arguments.checkpoint,
+            "steps": steps,
+            "words_that_differ": differing,
+            "largest_state": round((far[:, :, 0].abs().max() * 2.0**-FRACTION_BITS).item(), 2),
+            "bits_per_step_and_unit": round(stored_bits / (steps * 2 * cell.state_size), 4),
+        }
+        print(json.dumps(report), flush=True)
     for dtype in (torch.float32, torch.float64):
-        steps, errors = floating_drift(cells["additive"], dtype, arguments.steps)
-        axes.loglog(steps, errors, label=str(dtype).removeprefix("torch."))
-        print(json.dumps({"dtype": str(dtype), "steps": steps[-1], "error": errors[-1]}), flush=True)
+        lengths, errors = floating_drift(cells["additive"], dtype, arguments.steps)
+        axes.loglog(lengths, errors, label=str(dtype).removeprefix("torch."))
+        print(json.dumps({"dtype": str(dtype), "steps": lengths[-1], "error": errors[-1]}), flush=True)
     axes.axhline(1e-17, color="black", label="fixed point: 0")
     axes.set(xlabel="steps forwards and back", ylabel="largest error of the state")
     axes.grid(alpha=0.3)
@@ -198,6 +204,7 @@ def floating_drift(cell: ReversibleCell, dtype: torch.dtype, steps: int) -> tupl
         first = second = torch.zeros(cell.state_size, dtype=dtype)
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(length, x_proj.shape[1], generator=generator).to(dtype) @ x_proj.T
+        inputs += cell.x_proj.bias.to(dtype)
         for a in inputs:
             a1, a2 = a.chunk(2)
             first = first + update(second, a1, 0)

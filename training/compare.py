@@ -40,11 +40,13 @@ from train import (
     TrainArguments,
     TrainingData,
     build_model,
+    check_context,
     load_model,
     parse,
     prepare_data,
     run_command,
     train,
+    warm_start,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
 
@@ -100,14 +102,17 @@ def plan(arguments: CompareArguments, rest: list[str]) -> list[Run]:
             folder = run_folder(arguments.output_dir, arm, seed)
             given = ["--preset", preset, "--seed", str(seed), "--output_dir", str(folder)]
             run = Run(arm, seed, folder, *parse([*rest, *own, *given]))
+            if run.training.data_seed is not None:
+                raise RunError("compare.py reads in an order that follows from --seeds; leave out --data_seed.")
             # In the order of its start, what goes on would read again what that has just read.
             run.training.data_seed = seed + 1000 if run.model.model_name_or_path else seed
             runs.append(run)
     if len({run.folder for run in runs}) < len(runs):
         raise RunError("Each arm and each seed can be there only once: their run folders would be the same.")
     for run in runs:
-        # Where the same text is cut into examples may differ.
-        if asdict(run.data) != {**asdict(runs[0].data), "random_offsets": run.data.random_offsets}:
+        # How the same text is cut into examples may differ.
+        cut = {name: getattr(run.data, name) for name in ("random_offsets", "context", "chunk_size")}
+        if asdict(run.data) != {**asdict(runs[0].data), **cut}:
             raise RunError(f"{run.arm!r} has data of its own; give what is to be read to all arms.")
     return runs
 
@@ -143,7 +148,8 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
         # What is wrong with the last arm is said before hours are spent on the first.
         if not run.model.model_name_or_path and not run.folder.exists():
             with torch.device("meta"):
-                build_model(run.model, run.data, data().tokenizer, run.seed)
+                model = build_model(run.model, run.data, data().tokenizer, run.seed)
+            check_context(model, warm_start(run.model), run.data)
     compared = []
     for run in runs:
         console.rule(run.folder.name)

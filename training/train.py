@@ -54,6 +54,7 @@ from modeling_stateful_gpt import (
     StatefulGPTConfig,
     StatefulGPTForCausalLM,
 )
+from modeling_stateful_gpt.cache import RECURRENT_LAYER_TYPES
 from modeling_stateful_gpt.generation_gateloop import position_limit
 from modeling_stateful_gpt.upload import upload
 
@@ -229,6 +230,8 @@ class TrainArguments(TrainingArguments):
                 raise ValueError("--max_seconds goes with --lr_scheduler_type cosine or constant_with_warmup.")
             if self.max_seconds <= 0:
                 raise ValueError("--max_seconds must be more than 0.")
+        if 0 < self.warmup_steps < 1 and not steps_given:
+            raise ValueError("--warmup_steps as a share is one of --max_steps; give their number.")
         if not steps_given:
             self.max_steps = 500 if self.max_seconds is None and self.patience is None else ENDLESS
         if self.lr_scheduler_type is None:
@@ -356,7 +359,8 @@ class DocumentTrainer(WholeDocuments, SteppingTrainer):
 @dataclass
 class TrainingData:
     tokenizer: PreTrainedTokenizerBase
-    train: Dataset
+    train: Dataset | None
+    """Blocks; None where whole documents are trained on."""
     validation: Dataset
     train_documents: list[str]
     validation_documents: list[str]
@@ -376,7 +380,7 @@ def prepare_data(arguments: DataArguments, model_name_or_path: str | None = None
     )
     return TrainingData(
         tokenizer=tokenizer,
-        train=token_blocks(corpus.train, tokenizer, arguments.block_size),
+        train=token_blocks(corpus.train, tokenizer, arguments.block_size) if arguments.context == "blocks" else None,
         validation=token_blocks(corpus.validation, tokenizer, arguments.block_size),
         train_documents=corpus.train,
         validation_documents=corpus.validation,
@@ -476,8 +480,8 @@ def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback:
         if getattr(arguments, name) not in (getattr(defaults, name), own):
             raise RunError(f"--{name} is for a model from scratch; {arguments.model_name_or_path} has its own.")
     layer_types = getattr(text_config, "layer_types", None) or []
-    if arguments.preset == "gpt" and "gateloop" in layer_types:
-        raise RunError(f"{arguments.model_name_or_path} is no gpt: it has GateLoop layers; leave out --preset.")
+    if arguments.preset == "gpt" and not RECURRENT_LAYER_TYPES.isdisjoint(layer_types):
+        raise RunError(f"{arguments.model_name_or_path} is no gpt: it has layers with a state; leave out --preset.")
     stateful = model.config.model_type == StatefulGPTConfig.model_type
     as_it_is = arguments.preset is None and model.config.model_type in OURS
     if stateful and not as_it_is:
@@ -597,6 +601,8 @@ def check_folder(folder: Path, settings: dict) -> None:
             before = json.loads(marker.read_text())
         except ValueError as error:
             raise RunError(f"{marker} is damaged; use another --output_dir.") from error
+        # A run begun before an option was there did what is its default now.
+        before = {**asdict(ModelArguments()), **asdict(DataArguments()), **before}
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             differences = ", ".join(f"{n}: {before.get(n)!r} then, {settings[n]!r} now" for n in changed)

@@ -20,6 +20,7 @@ piece.
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,27 +31,22 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_stateful_gpt.cache import GateLoopStateLayer, ReversibleStateLayer
-from modeling_stateful_gpt.reversible import Words
+from modeling_stateful_gpt.reversible import LOWEST, Words
 
 
 class RewindableLayer(ReversibleStateLayer):
-    """A reversible layer's state while documents are read: forwards or backwards, the gradient going through `carrier`
-    (see `ReversibleCell.forward`)."""
+    """A reversible layer's state while documents are read, forwards or backwards."""
 
     _layer_type = "rewindable"  # A class by which transformers would make caches, if it had the type of its parent.
 
     def __init__(self) -> None:
         super().__init__()
         self._layer_type = "reversible"
-        self.carrier: torch.Tensor | None = None
         self.words: Words | None = None
         self.backwards = False
 
-    def update(self, x, recur, **inputs):
-        y, self.state, self.carrier = recur(
-            self.state, x, **inputs, carrier=self.carrier, words=self.words, backwards=self.backwards
-        )
-        return y, self.state
+    def advance(self, recur, inputs):
+        return super().advance(partial(recur, words=self.words, backwards=self.backwards), inputs)
 
 
 @dataclass
@@ -87,6 +83,8 @@ def check_recurrent(model: PreTrainedModel) -> None:
             f"Unbounded context needs layers whose past is a state of fixed size, gateloop or reversible. These look "
             f"back at every token, or are unknown: layers {', '.join(wrong)}. Train this model on blocks of text."
         )
+    if getattr(model, "is_activation_checkpointing", False):
+        raise ValueError("Unbounded context computes again whatever it needs: leave out gradient checkpointing.")
     if getattr(config, "feedback", None) is not None:
         raise ValueError(
             "Unbounded context is for decoders without feedback: its passes over the sequence need all of it at once. "
@@ -131,7 +129,7 @@ class Batch:
 
     def layers(self) -> list:
         kinds = {"gateloop": GateLoopStateLayer, "reversible": RewindableLayer}
-        return [kinds[kind]() for kind in self.model.config.layer_types]
+        return [kinds[kind]() for kind in self.model.config.get_text_config().layer_types]
 
     def read(self, start: int, layers: list) -> torch.Tensor:
         """The share of a piece in the loss; leaves the states after it in `layers`."""
@@ -181,7 +179,7 @@ def backward_through_time(
         RuntimeError: if running backwards does not lead to the state at the beginning; the gradients would be wrong.
     """
     batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
-    layers = batch.layers()
+    layers, dtype = batch.layers(), torch.promote_types(model.dtype, torch.float32)
     rewindable = [layer for layer in layers if isinstance(layer, RewindableLayer)]
     others = [layer for layer in layers if not isinstance(layer, RewindableLayer)]
     for layer in rewindable:
@@ -201,14 +199,14 @@ def backward_through_time(
             for layer, state in zip(others, before, strict=True):
                 layer.state = state
             for layer in rewindable:
-                layer.carrier = torch.zeros_like(layer.carrier, requires_grad=True)
+                layer.carrier = torch.zeros_like(layer.state[:, :, 0], dtype=dtype, requires_grad=True)
             before += [layer.carrier for layer in rewindable]
             loss = batch.read(start, layers)
             after = [layer.state for layer in others] + [layer.carrier for layer in rewindable]
             known = [(z, gradient) for z, gradient in zip(after, gradients, strict=True) if gradient is not None]
             torch.autograd.backward([loss, *(z for z, _ in known)], [None, *(gradient for _, gradient in known)])
             gradients = [None if z is None else z.grad for z in before]
-    if any(layer.words.number or layer.state[:, :, 0].any() for layer in rewindable):
+    if any(layer.state[:, :, 0].any() or (layer.state[:, :, 1:] != LOWEST).any() for layer in rewindable):
         raise RuntimeError(
             "Running backwards did not lead to the empty state that the documents began with: something was not "
             "computed again as it was the first time. The gradients are wrong; do not change the number of threads "
@@ -253,16 +251,19 @@ class Documents(Dataset):
     PART = 1_000_000
 
     def __init__(self, path: str | Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, write: bool = True):
-        """`write`: False if another process has written the file."""
-        path, end = Path(path), np.array([tokenizer.eos_token_id], dtype=np.int32)
+        """`write`: False if another process has written the files."""
+        path, ends_path = Path(path), Path(f"{path}.ends.npy")
         if write:
+            ends = [0]
             with path.open("wb") as file:
                 for text in texts:
-                    for part in self.parts(text):
-                        np.asarray(tokenizer(part)["input_ids"], dtype=np.int32).tofile(file)
-                    end.tofile(file)
-        self.tokens = np.memmap(path, dtype=np.int32, mode="r")
-        self.ends = [0, *(np.flatnonzero(self.tokens == end) + 1).tolist()]
+                    for number, part in enumerate(self.parts(text)):
+                        ids = tokenizer(part, add_special_tokens=number == 0)["input_ids"]
+                        np.asarray(ids, dtype=np.int32).tofile(file)
+                    np.array([tokenizer.eos_token_id], dtype=np.int32).tofile(file)
+                    ends.append(file.tell() // 4)
+            np.save(ends_path, ends)
+        self.tokens, self.ends = np.memmap(path, dtype=np.int32, mode="r"), np.load(ends_path)
 
     def parts(self, text: str) -> Iterator[str]:
         start = 0
@@ -295,9 +296,18 @@ class WholeDocuments:
         super().__init__(*args, **kwargs)
         self.context, self.chunk_size = context, chunk_size
         check_recurrent(self.model)  # type: ignore[attr-defined]
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.fp16:  # type: ignore[attr-defined]
+        arguments = self.args  # type: ignore[attr-defined]
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
+        if sharded or arguments.fp16 or arguments.n_gpu > 1:
             raise ValueError(
-                "Whole documents cannot be trained on with FSDP, DeepSpeed or fp16; use DDP, fp32 or bf16."
+                "Whole documents are not trained on with FSDP, DeepSpeed, fp16 or several GPUs a process; use DDP, "
+                "fp32 or bf16."
+            )
+        other_loss = arguments.label_smoothing_factor or self.compute_loss_func  # type: ignore[attr-defined]
+        if other_loss or arguments.gradient_checkpointing or not arguments.average_tokens_across_devices:
+            raise ValueError(
+                "Whole documents are trained on with the mean loss over all tokens: leave out label_smoothing_factor, "
+                "compute_loss_func, gradient_checkpointing and average_tokens_across_devices=False."
             )
 
     def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
