@@ -1,5 +1,10 @@
 """Training over unbounded context: the gradients are those of storing everything, whatever the pieces."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,8 +14,11 @@ import torch
 from data import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_training import ROOT, options, run, text_files  # noqa: F401
 from tiny import NO_SPECIAL_TOKENS, VOCAB, tokens
 from tokenizers.processors import TemplateProcessing
+from train import RunError, parse, train
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
 from unbounded import Documents, WholeDocuments, backward_through_time, pad, same_dropout, truncated_backward
 
@@ -188,7 +196,7 @@ class DocumentTrainer(WholeDocuments, Trainer):
     """As a user would make it."""
 
 
-def train(folder, documents, **options):
+def first_gradients(folder, documents, **options):
     """The gradients of the first step."""
     model = decoder("mixed", torch.float32, dropout=0.0)
     recorded = {}
@@ -214,8 +222,10 @@ def train(folder, documents, **options):
 
 def test_trainer_accumulates_the_gradient_of_the_mean_over_all_tokens(tmp_path):
     documents = [{"input_ids": tokens(1, length)[0].numpy()} for length in (17, 3)]
-    accumulated = train(tmp_path / "a", documents, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-    together = train(tmp_path / "b", documents, per_device_train_batch_size=2)
+    accumulated = first_gradients(
+        tmp_path / "a", documents, per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    together = first_gradients(tmp_path / "b", documents, per_device_train_batch_size=2)
     for name, gradient in together.items():
         assert (accumulated[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
@@ -233,3 +243,80 @@ def test_a_trainer_refuses_a_model_that_looks_back_at_every_token(tmp_path):
 def test_a_trainer_refuses_what_it_would_not_do(tmp_path, option):
     with pytest.raises(ValueError, match="mean loss over all tokens"):
         DocumentTrainer(decoder("gateloop"), TrainingArguments(str(tmp_path), use_cpu=True, **option))
+
+
+# train.py
+
+DOCUMENTS = ["--preset=reversible_forgetting", "--context=unbounded", "--chunk_size=50", "--hidden_size=16"]
+
+
+def on_documents(text_files, folder, *more):  # noqa: F811
+    """A document a step, of a few hundred tokens."""
+    given = [a for a in options([], folder) if not a.startswith("--hidden_size")]
+    texts = []
+    for name in text_files:
+        for number in range(4):
+            path = Path(f"{name}.{number}")
+            path.write_text(Path(name).read_text()[400 * number : 400 * number + 150 + 60 * number])
+            texts.append(str(path))
+    return ["--text_file", *texts, *given[1:], *DOCUMENTS, "--per_device_train_batch_size=1", *more]
+
+
+@pytest.mark.parametrize("context", ["unbounded", "truncated"])
+def test_whole_documents_are_learned_in_train_py(context, text_files, tmp_path):  # noqa: F811
+    done = run("train.py", on_documents(text_files, tmp_path / "run", f"--context={context}"))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    log = [entry["eval_loss"] for entry in results["log"]]
+    assert log[-1] < log[0]
+    # Six documents, each with its end.
+    assert 6 * 151 <= results["tokens"] <= 6 * 331
+
+
+def test_two_processes_make_the_steps_of_one_over_documents(text_files, tmp_path):  # noqa: F811
+    one = run("train.py", on_documents(text_files, tmp_path / "one", "--per_device_train_batch_size=2"))
+    assert one.returncode == 0, one.stderr
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    launcher = [accelerate, "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
+    two = run("train.py", on_documents(text_files, tmp_path / "two"), [*launcher, "--main_process_port", "0"])
+    assert two.returncode == 0, two.stderr
+    logs = []
+    for name in ("one", "two"):
+        state = json.loads((tmp_path / name / "checkpoint-6/trainer_state.json").read_text())
+        logs.append([entry for entry in state["log_history"] if "loss" in entry])
+    for what in ("loss", "grad_norm"):
+        assert [e[what] for e in logs[1]] == pytest.approx([e[what] for e in logs[0]], rel=1e-4), what
+
+
+def test_killed_in_the_middle_of_a_document_a_run_resumes_to_the_same_weights(text_files, tmp_path):  # noqa: F811
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run("train.py", on_documents(text_files, whole, "--dropout=0.1")).returncode == 0
+    command = [sys.executable, str(ROOT / "training/train.py"), *on_documents(text_files, killed, "--dropout=0.1")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    output = ""
+    while output.count("'loss'") < 3:
+        output += process.stdout.readline()
+        assert process.poll() is None, output
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run("train.py", on_documents(text_files, killed, "--dropout=0.1"))
+    assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
+    expected, got = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--preset=gpt"], r"layers 0 \(full_attention\)"),
+        (["--preset=stateful"], "layers 0"),
+        (["--context=endless"], "choose from blocks, unbounded, truncated"),
+        (["--chunk_size=0"], "at least 1"),
+        (["--random_offsets=true"], "whole documents"),
+    ],
+)
+def test_what_does_not_go_with_documents_is_refused(options, message, text_files, tmp_path):  # noqa: F811
+    with pytest.raises(RunError, match=message):
+        train(*parse(on_documents(text_files, tmp_path / "run", *options)))
+    assert not (tmp_path / "run").exists()
