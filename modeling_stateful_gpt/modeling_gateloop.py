@@ -34,7 +34,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import RECURRENT_LAYER_TYPES, fill_in_layers
+from .cache import fill_in_layers
 from .configuration_gateloop import GateLoopConfig
 from .gate_loop import gate_loop, linear_scan
 from .generation_gateloop import RecurrentGenerationMixin, position_limit
@@ -583,9 +583,9 @@ class GateLoopModel(GateLoopPreTrainedModel):
         self.layers = nn.ModuleList(GateLoopDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        if RECURRENT_LAYER_TYPES & set(config.layer_types):
-            # Loaded in fp16, transitions stay as they are, and quantizers leave them alone (see FullPrecisionLinear).
-            self._keep_in_fp32_modules = [".*transition", ".*cell"]
+        # Loaded in fp16, what makes transitions stays as it is, and quantizers leave it alone (see FullPrecisionLinear).
+        precise = {"gateloop": ".*transition", "reversible": ".*cell"}
+        self._keep_in_fp32_modules = [name for kind, name in precise.items() if kind in config.layer_types]
         self.post_init()
 
     @merge_with_config_defaults

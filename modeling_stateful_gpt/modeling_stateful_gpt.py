@@ -542,7 +542,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             return self.run_solver(recurrence, next(s for s in given if s not in (None, "sequential")), num_passes)
         tolerance = self.config.tolerance
         if recurrence.embeds.dtype in (torch.float16, torch.bfloat16):
-            tolerance = max(tolerance, 8 * torch.finfo(recurrence.embeds.dtype).eps)
+            tolerance = max(tolerance, 16 * torch.finfo(recurrence.embeds.dtype).eps)
         solution = self.run_solver(recurrence, solver or self.config.solver, tolerance=tolerance)
         self.record(recurrence, solution)
         return solution
