@@ -583,7 +583,7 @@ class GateLoopModel(GateLoopPreTrainedModel):
         self.layers = nn.ModuleList(GateLoopDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        # Loaded in fp16, what makes transitions stays as it is, and quantizers leave it alone (see FullPrecisionLinear).
+        # Loaded in fp16, these stay as they are, and quantizers leave them alone (see FullPrecisionLinear).
         precise = {"gateloop": ".*transition", "reversible": ".*cell"}
         self._keep_in_fp32_modules = [name for kind, name in precise.items() if kind in config.layer_types]
         self.post_init()
