@@ -60,6 +60,19 @@ def run(script, arguments, launcher=(sys.executable,), **kwargs):
     )  # fmt: skip
 
 
+def run_and_kill(arguments, losses):
+    """Starts train.py and kills it when it has logged so many losses."""
+    command = [sys.executable, str(ROOT / "training/train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    output = ""
+    while output.count("'loss'") < losses:
+        output += process.stdout.readline()
+        assert process.poll() is None, output
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def losses(folder):
     (state,) = sorted(Path(folder).glob("checkpoint-6/trainer_state.json"))
     return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]

@@ -1,9 +1,6 @@
 """Training over unbounded context: the gradients are those of storing everything, whatever the pieces."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +12,7 @@ from data import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_training import ROOT, options, run, text_files  # noqa: F401
+from test_training import ROOT, options, run, run_and_kill, text_files  # noqa: F401
 from tiny import NO_SPECIAL_TOKENS, VOCAB, tokens
 from tokenizers.processors import TemplateProcessing
 from train import RunError, parse, train
@@ -291,15 +288,7 @@ def test_two_processes_make_the_steps_of_one_over_documents(text_files, tmp_path
 def test_killed_in_the_middle_of_a_document_a_run_resumes_to_the_same_weights(text_files, tmp_path):  # noqa: F811
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run("train.py", on_documents(text_files, whole, "--dropout=0.1")).returncode == 0
-    command = [sys.executable, str(ROOT / "training/train.py"), *on_documents(text_files, killed, "--dropout=0.1")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    output = ""
-    while output.count("'loss'") < 3:
-        output += process.stdout.readline()
-        assert process.poll() is None, output
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run_and_kill(on_documents(text_files, killed, "--dropout=0.1"), losses=3)
     resumed = run("train.py", on_documents(text_files, killed, "--dropout=0.1"))
     assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
     expected, got = (load_file(folder / "model.safetensors") for folder in (whole, killed))

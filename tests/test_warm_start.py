@@ -1,9 +1,6 @@
 """States that are kept from one epoch to the next: each stays with its token."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_training import ROOT, losses, options, run, text_files  # noqa: F401
+from test_training import ROOT, losses, options, run, run_and_kill, text_files  # noqa: F401
 from train import RunError, logger, parse, prepare_data, train
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from warm_start import StateStore, WarmStart, Windows, collate
@@ -145,15 +142,8 @@ def test_killed_and_resumed_every_state_stays_with_its_token(text_files, tmp_pat
     assert run("train.py", arguments(text_files, whole, *more)).returncode == 0
     steps = json.loads((sorted(whole.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text())["max_steps"]
 
-    command = [sys.executable, str(ROOT / "training/train.py"), *arguments(text_files, killed, *more)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    output = ""
-    while output.count("'loss'") < steps // 2 + 1:  # in the middle of the second epoch, and past some checkpoints
-        output += process.stdout.readline()
-        assert process.poll() is None, output
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    # In the middle of the second epoch, and past some checkpoints.
+    run_and_kill(arguments(text_files, killed, *more), losses=steps // 2 + 1)
     resumed = run("train.py", arguments(text_files, killed, *more))
     assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
     assert torch.equal(states(killed, EPOCHS - 1), states(whole, EPOCHS - 1))

@@ -8,9 +8,11 @@ machine's speed drifts. One JSON line per ratio: the median, and the smallest an
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
@@ -40,6 +42,16 @@ def paired_ratio(measured: Callable[[], object], reference: Callable[[], object]
         "max": round(max(ratios), 3),
         "reference_ms": round(1000 * statistics.median(seconds), 2),
     }
+
+
+def resident(field: str) -> float:
+    """MiB of this process in memory: `VmRSS`, now; `VmHWM`, at most since `reset_peak` (Linux)."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def reset_peak() -> None:
+    """Sets `VmHWM` back to what is in use."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def passes(solver: str, with_gradient: int, without: int = 0, **more) -> dict:

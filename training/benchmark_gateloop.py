@@ -11,14 +11,12 @@ and largest. Close everything else.
 import argparse
 import json
 import multiprocessing
-import re
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from benchmark import paired_ratio
+from benchmark import paired_ratio, reset_peak, resident
 from data import byte_tokenizer
 from torch import nn
 from train import DataArguments, ModelArguments, build_model
@@ -117,16 +115,12 @@ def peak_memory(make: Callable[..., Work], *arguments) -> float:
 def _peak_memory(make: Callable[..., Work], length: int, *arguments) -> float:
     make(8, *arguments)()  # what libraries allocate once does not count
     work = make(length, *arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use
-    before = _resident("VmHWM")
+    reset_peak()
+    before = resident("VmHWM")
     results = work()
-    after = _resident("VmHWM")
+    after = resident("VmHWM")
     del results
-    return (after - before) / 1024
-
-
-def _resident(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return after - before
 
 
 def report(what: str, **values) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from benchmark import paired_ratio
+from benchmark import paired_ratio, reset_peak, resident
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from train import load_model, run_command
@@ -99,27 +99,15 @@ def _peak_memory(name: str, way: str, length: int) -> dict:
     WAYS[way](model, torch.randint(256, (1, CHUNK)), CHUNK)
     model.zero_grad()
     ids = torch.randint(256, (1, length))
-    before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # Sets the peak back.
+    before = resident("VmRSS")
+    reset_peak()
     WAYS[way](model, ids, CHUNK)
+    peak = resident("VmHWM")
     return {
-        "peak_MiB": round(peak() - before, 1),
-        "process_MiB": round(peak(), 1),
+        "peak_MiB": round(peak - before, 1),
+        "process_MiB": round(peak, 1),
         "input_MiB": round(ids.nbytes / 2**20, 2),
     }
-
-
-def resident() -> float:
-    return status("VmRSS")
-
-
-def peak() -> float:
-    return status("VmHWM")
-
-
-def status(field: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def memory(arguments: argparse.Namespace) -> None:

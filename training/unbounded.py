@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_stateful_gpt.cache import GateLoopStateLayer, ReversibleStateLayer
+from modeling_stateful_gpt.cache import RECURRENT_LAYER_TYPES, GateLoopStateLayer, ReversibleStateLayer
 from modeling_stateful_gpt.reversible import LOWEST, Words
 
 
@@ -77,7 +77,7 @@ def check_recurrent(model: PreTrainedModel) -> None:
     """Raises a ValueError unless all that the model carries from token to token are states of fixed size."""
     config = model.config
     layer_types = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
-    wrong = [f"{number} ({kind})" for number, kind in enumerate(layer_types) if kind not in ("gateloop", "reversible")]
+    wrong = [f"{number} ({kind})" for number, kind in enumerate(layer_types) if kind not in RECURRENT_LAYER_TYPES]
     if wrong:
         raise ValueError(
             f"Unbounded context needs layers whose past is a state of fixed size, gateloop or reversible. These look "
