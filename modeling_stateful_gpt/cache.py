@@ -220,7 +220,7 @@ class GateLoopStateLayer(RecurrentStateLayer):
 
 
 class ReversibleStateLayer(RecurrentStateLayer):
-    """As a state of integers has no gradient, the one that comes back from later tokens goes through `carrier`,
+    """As an exact state of integers has no gradient, the one that comes back from later tokens goes through `carrier`,
     `[B, 2, S]` (see `ReversibleCell.forward`)."""
 
     _layer_type = "reversible"
@@ -239,10 +239,13 @@ class ReversibleStateLayer(RecurrentStateLayer):
         self.carrier = None if self.carrier is None else change(self.carrier)
 
 
-RECURRENT_LAYER_TYPES = {GateLoopStateLayer._layer_type, ReversibleStateLayer._layer_type}
+class RWKVStateLayer(ReversibleStateLayer):
+    _layer_type = "rwkv"
+
+
+RECURRENT_LAYERS = {layer._layer_type: layer for layer in (GateLoopStateLayer, ReversibleStateLayer, RWKVStateLayer)}
 # As they never grow, they serve a static cache as well.
-STATIC_LAYER_TYPE_MAPPING["gateloop"] = GateLoopStateLayer
-STATIC_LAYER_TYPE_MAPPING["reversible"] = ReversibleStateLayer
+STATIC_LAYER_TYPE_MAPPING.update(RECURRENT_LAYERS)
 
 
 def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
@@ -256,7 +259,7 @@ def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
     layer_types = getattr(config, "layer_types", None) or []
     for number, (layer_type, layer) in enumerate(zip(layer_types, cache.layers, strict=False)):
         # Not isinstance: loaded as remote code, this file may be imported twice.
-        if layer_type in RECURRENT_LAYER_TYPES and getattr(layer, "_layer_type", None) != layer_type:
+        if layer_type in RECURRENT_LAYERS and getattr(layer, "_layer_type", None) != layer_type:
             raise ValueError(
                 f"The cache holds keys and values for layer {number}, a {layer_type} layer, whose past is a state. "
                 f"Make it by DynamicCache(config=model.config). A prefix of keys and values (PrefixTuningConfig) "

@@ -15,7 +15,7 @@ class GateLoopConfig(PreTrainedConfig):
 
     Args:
         layer_types: one entry per layer, each a key of `TOKEN_MIXERS` in `modeling_gateloop.py`: `"full_attention"`,
-            `"gateloop"` or `"reversible"`, in any mixture.
+            `"gateloop"`, `"reversible"` or `"rwkv"`, in any mixture.
         gateloop_num_heads: heads of the GateLoop layers, each with one transition and a state of
             `(hidden_size / gateloop_num_heads)²` numbers; as many as channels by default.
         state_transition: what the GateLoop layers multiply their state by: `"complex"`, `"signed"` (real), `"positive"`
@@ -116,7 +116,7 @@ class GateLoopConfig(PreTrainedConfig):
 
 
 # Trainer reads config.json as a PreTrainedConfig when it resumes, and that refuses layer types it has not heard of.
-for layer_type in ("gateloop", "reversible"):
+for layer_type in ("gateloop", "reversible", "rwkv"):
     if layer_type not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
         configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (layer_type,)
 AutoConfig.register("gateloop", GateLoopConfig, exist_ok=True)

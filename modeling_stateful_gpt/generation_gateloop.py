@@ -3,7 +3,7 @@
 import torch
 from transformers import GenerationMixin, PreTrainedConfig
 
-from .cache import RECURRENT_LAYER_TYPES
+from .cache import RECURRENT_LAYERS
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
@@ -30,7 +30,7 @@ class RecurrentGenerationMixin(GenerationMixin):
     def carries_state(self) -> bool:
         """Whether there is more to carry from step to step than keys and values."""
         layer_types = getattr(self.config.get_text_config(), "layer_types", None) or []
-        return not RECURRENT_LAYER_TYPES.isdisjoint(layer_types)
+        return not RECURRENT_LAYERS.keys().isdisjoint(layer_types)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -40,7 +40,7 @@ from .gate_loop import gate_loop, linear_scan
 from .generation_gateloop import RecurrentGenerationMixin, position_limit
 from .hub import HubModel
 from .precision import FullPrecisionLinear
-from .reversible import ReversibleCell
+from .reversible import KeyValueMemory, ReversibleCell
 
 T = TypeVar("T")
 
@@ -353,14 +353,42 @@ class GateLoopMixer(GateLoopLayer):
         return gate_loop(q, x, v, g, phase, initial_state=state, output_final_state=True)
 
 
-class ReversibleMixer(nn.Module):
-    """A reversible cell as a token mixer: its state, after it has been written, is normed, gated and projected.
+class FixedPointMixer(nn.Module):
+    """A token mixer whose state is an exact one of integers (`reversible.py`), written by `cell` and read after that.
 
     The cell reads the residual stream and its own state, not its own output, so that a stack of such layers can be run
     backwards given the tokens.
     """
 
     create_mask = staticmethod(create_state_mask)
+    cell: nn.Module
+    layer_idx: int
+
+    def mix(
+        self,
+        x: torch.Tensor,
+        mask: tuple[torch.Tensor | None, torch.Tensor | None],
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """What the cell gives for its inputs `x` `[B, T, …]`."""
+        real, starts = mask
+        if past_key_values is None:
+            return self.recur(None, x, real, starts)[0]
+        return past_key_values.update(x, self.recur, self.layer_idx, real=real, starts=starts)[0]
+
+    def recur(
+        self,
+        state: torch.Tensor | None,
+        x: torch.Tensor,
+        real: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+        **more,
+    ) -> tuple[torch.Tensor, ...]:
+        return self.cell(x, state, real, starts, **more)
+
+
+class ReversibleMixer(FixedPointMixer):
+    """A reversible cell as a token mixer: its state is normed, gated and projected."""
 
     def __init__(self, config: GateLoopConfig, layer_idx: int):
         super().__init__()
@@ -378,23 +406,34 @@ class ReversibleMixer(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
         """`hidden_states` `[B, T, D]` → the mixed `[B, T, D]`; there are no attention weights."""
-        real, starts = mask
-        if past_key_values is None:
-            y = self.recur(None, hidden_states, real, starts)[0]
-        else:
-            y, _ = past_key_values.update(hidden_states, self.recur, self.layer_idx, real=real, starts=starts)
-        y = self.norm(y.to(hidden_states.dtype))
+        y = self.norm(self.mix(hidden_states, mask, past_key_values).to(hidden_states.dtype))
         return self.o_proj(nn.functional.silu(self.gate_proj(hidden_states)) * y), None
 
-    def recur(
+
+class RWKVMixer(FixedPointMixer):
+    """RWKV's time mixing (Peng et al. 2023, arXiv 2305.13048, section 3.1) without its token shift: what a token is to
+    know of its predecessor, a layer with feedback below has to say."""
+
+    def __init__(self, config: GateLoopConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.cell = KeyValueMemory(config.hidden_size)
+        self.r_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
         self,
-        state: torch.Tensor | None,
-        x: torch.Tensor,
-        real: torch.Tensor | None = None,
-        starts: torch.Tensor | None = None,
-        **more,
-    ) -> tuple[torch.Tensor, ...]:
-        return self.cell(x, state, real, starts, **more)
+        hidden_states: torch.Tensor,
+        mask: tuple[torch.Tensor | None, torch.Tensor | None],
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """`hidden_states` `[B, T, D]` → the mixed `[B, T, D]`; there are no attention weights."""
+        keys_and_values = torch.cat([self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
+        wkv = self.mix(keys_and_values, mask, past_key_values).to(hidden_states.dtype)
+        return self.o_proj(self.r_proj(hidden_states).sigmoid() * wkv), None
 
 
 class SimpleGateLoopLayer(nn.Module):
@@ -444,7 +483,12 @@ class SimpleGateLoopLayer(nn.Module):
         return self.q_proj(normed) * h.to(x.dtype), final_state
 
 
-TOKEN_MIXERS: dict[str, Any] = {"full_attention": Attention, "gateloop": GateLoopMixer, "reversible": ReversibleMixer}
+TOKEN_MIXERS: dict[str, Any] = {
+    "full_attention": Attention,
+    "gateloop": GateLoopMixer,
+    "reversible": ReversibleMixer,
+    "rwkv": RWKVMixer,
+}
 
 
 class GELUMLP(nn.Module):
@@ -521,6 +565,8 @@ class GateLoopPreTrainedModel(HubModel):
             module.spread()
         elif isinstance(module, ReversibleCell):
             module.reset_parameters(self.config.initializer_range)
+        elif isinstance(module, KeyValueMemory):
+            module.reset_parameters()
 
 
 def embed_tokens(embedding: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
@@ -584,8 +630,8 @@ class GateLoopModel(GateLoopPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         # Loaded in fp16, these stay as they are, and quantizers leave them alone (see FullPrecisionLinear).
-        precise = {"gateloop": ".*transition", "reversible": ".*cell"}
-        self._keep_in_fp32_modules = [name for kind, name in precise.items() if kind in config.layer_types]
+        precise = {"gateloop": ".*transition", "reversible": ".*cell", "rwkv": ".*cell"}
+        self._keep_in_fp32_modules = sorted({precise[kind] for kind in config.layer_types if kind in precise})
         self.post_init()
 
     @merge_with_config_defaults

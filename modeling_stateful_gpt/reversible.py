@@ -9,8 +9,13 @@ The state has two halves, coupled in time so that it can be run backwards whatev
 `(s + u) - u` is not `s`, and the differences grow; so the state is held in fixed point, as int64 multiples of
 2^-`FRACTION_BITS`, to which `f1` and `f2` are rounded. Gradients treat the rounding as the identity.
 
+A memory that what it holds has no influence on what is written to it (`accumulate`: there is no feedback) needs no
+coupling: `s' = z s + u` is undone by subtracting and dividing, where the bits that z has pushed out are kept.
+
 A state is one tensor `[B, 2, R, S]`: two halves, S wide, of R rows (see `FORMS`).
 """
+
+import math
 
 import torch
 from torch import nn
@@ -52,46 +57,77 @@ class Words:
 
 def fixed_point(x: torch.Tensor) -> torch.Tensor:
     """`x`, smaller than 2^33, as int64 multiples of 2^-`FRACTION_BITS`."""
-    return (x.to(torch.float64) * (1 << FRACTION_BITS)).round_().to(torch.int64)
+    return (x * 2.0**FRACTION_BITS).round_().to(torch.int64)
 
 
 def floating_point(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return values.to(dtype) * 2.0**-FRACTION_BITS
+    return values.to(dtype).mul_(2.0**-FRACTION_BITS)
 
 
-def gate(r: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """`σ(r)` as int64 multiples of 2^-`GATE_BITS`, at least one; 1 on padding."""
-    z = (r.sigmoid() * (1 << GATE_BITS)).round_().clamp_(min=1).to(torch.int64)
-    return z if real is None else z.masked_fill(~real, 1 << GATE_BITS)
+def gate(z: torch.Tensor) -> torch.Tensor:
+    """`z`, from 0 to 1, as int64 multiples of 2^-`GATE_BITS`, at least one."""
+    return (z * 2.0**GATE_BITS).round_().clamp_(min=1).to(torch.int64)
+
+
+Rows = tuple[torch.Tensor, ...]
+"""What is known of each unit of (a half of) a state, `[B, S]` each: its values, and if it forgets, its buffers."""
+
+
+def multiply(values: torch.Tensor, buffer: torch.Tensor, z: torch.Tensor, words: Words | None) -> Rows:
+    """`z · values` for a gate `z` (see `gate`), and the buffers with the bits that are lost (MacKay et al. 2018,
+    section 4).
+
+    The lowest `GATE_BITS` bits of a value go into its buffer, the value is divided by 2^`GATE_BITS` and multiplied by
+    z; and as the result is then a multiple of z, it can take log2(z) bits from the buffer. So a step loses
+    `GATE_BITS - log2 z` bits for each unit. Whole words of them leave the buffer for `words`, if there are any.
+    """
+    lost = values & ((1 << GATE_BITS) - 1)
+    full = torch.add(lost, buffer, alpha=1 << GATE_BITS)
+    overflow = full >= z * (LOWEST << WORD_BITS)
+    if torch.compiler.is_compiling() or overflow.any():
+        if words is not None:
+            words.push(buffer[overflow].to(torch.int32))
+        full = torch.where(overflow, (buffer >> WORD_BITS << GATE_BITS) + lost, full)
+    buffer = full.div(z, rounding_mode="trunc")
+    rest = torch.addcmul(full, buffer, z, value=-1)
+    return torch.addcmul(rest, values >> GATE_BITS, z), buffer
+
+
+def divide(values: torch.Tensor, buffer: torch.Tensor, z: torch.Tensor, words: Words | None) -> Rows:
+    """Undoes `multiply`."""
+    if words is None:
+        raise ValueError("A forgetting state cannot be run backwards without the words that it has lost.")
+    quotient = values.div(z, rounding_mode="floor")
+    rest = torch.addcmul(values, quotient, z, value=-1)
+    full = torch.addcmul(rest, buffer, z)
+    buffer = full >> GATE_BITS
+    overflowed = buffer < LOWEST
+    if overflowed.any():
+        buffer[overflowed] = (buffer[overflowed] << WORD_BITS) + words.pop(int(overflowed.sum())).to(buffer.device)
+    return torch.add(full & ((1 << GATE_BITS) - 1), quotient, alpha=1 << GATE_BITS), buffer
 
 
 class Additive:
-    """`s' = s + σ(p) tanh(q)`: nothing is ever forgotten, and nothing need be kept to undo it."""
+    """`s' = s + tanh(q) σ(p)`: nothing is ever forgotten, and nothing need be kept to undo it."""
 
     parts = 2
     """Pre-activations for each unit of the state."""
 
     @staticmethod
     def initial(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """The empty state of shape `[..., R, S]`."""
+        """The empty state `[..., R, S]` for `shape` `[..., S]`."""
         return torch.zeros(*shape[:-1], 1, shape[-1], dtype=torch.int64, device=device)
 
     @staticmethod
-    def increment(a: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        p, q = a.chunk(2, -1)
-        u = fixed_point(p.sigmoid() * q.tanh())
-        return u if real is None else u.masked_fill(~real, 0)
+    def write(rows: Rows, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> Rows:
+        """A half after the pre-activations `a` `[B, parts · S]`; as it is where `real` `[B, 1]` is False. What it loses
+        is pushed onto `words`, if there are any."""
+        return (rows[0] + increment(a, real),)
 
-    @classmethod
-    def write(cls, half: torch.Tensor, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> torch.Tensor:
-        """The half `[B, R, S]` after the pre-activations `a` `[B, parts · S]`; as it is where `real` `[B, 1]` is False.
-        What it loses is pushed onto `words`, if there are any."""
-        return half + cls.increment(a, real)[:, None]
-
-    @classmethod
-    def undo(cls, half: torch.Tensor, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> torch.Tensor:
+    @staticmethod
+    def undo(rows: Rows, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> Rows:
         """The half before `write`."""
-        return half - cls.increment(a, real)[:, None]
+        return (rows[0] - increment(a, real),)
 
     @staticmethod
     def derivatives(
@@ -99,18 +135,20 @@ class Additive:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of the new half by each part of `a`, `[..., parts, S]`, and by the old half `[..., S]` (None: 1 everywhere).
         `half` is the old one in floating point."""
-        p, q = a.chunk(2, -1)
-        gate, candidate = p.sigmoid(), q.tanh()
-        by_a = torch.stack([gate * (1 - gate) * candidate, gate * (1 - candidate.square())], -2)
+        q, p = a.chunk(2, -1)
+        candidate, opening = q.tanh(), p.sigmoid()
+        by_a = torch.stack([opening * (1 - candidate.square()), candidate * opening * (1 - opening)], -2)
         return by_a if real is None else by_a.masked_fill(~real[..., None], 0), None
 
 
-class Forgetting:
-    """`s' = z s + σ(p) tanh(q)` with a gate `z = σ(r)` in multiples of 2^-`GATE_BITS` (MacKay et al. 2018, section 4).
+def increment(a: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    q, p = a.chunk(2, -1)
+    u = fixed_point(q.tanh() * p.sigmoid())
+    return u if real is None else u.masked_fill(~real, 0)
 
-    To multiply by z, the lowest `GATE_BITS` bits of s go into a buffer, s is divided by 2^`GATE_BITS` and multiplied by
-    z; and as the result is then a multiple of z, it can take log2(z) bits from the buffer. So a step loses
-    `GATE_BITS - log2 z` bits for each unit. Whole words of them leave the buffer.
+
+class Forgetting:
+    """`s' = z s + tanh(q) σ(p)` with a gate `z = σ(r)` (see `multiply`).
 
     R = 2 rows: the values, and the buffers.
     """
@@ -126,37 +164,19 @@ class Forgetting:
     @staticmethod
     def gate_and_increment(a: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         size = a.shape[-1] // 3
-        return gate(a[..., 2 * size :], real), Additive.increment(a[..., : 2 * size], real)
+        z = gate(a[..., 2 * size :].sigmoid())
+        return z if real is None else z.masked_fill(~real, 1 << GATE_BITS), increment(a[..., : 2 * size], real)
 
     @classmethod
-    def write(cls, half: torch.Tensor, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> torch.Tensor:
+    def write(cls, rows: Rows, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> Rows:
         z, u = cls.gate_and_increment(a, real)
-        values, buffer = half.unbind(1)
-        lost = values & ((1 << GATE_BITS) - 1)
-        full = (buffer << GATE_BITS) + lost
-        overflow = full >= z * (LOWEST << WORD_BITS)
-        if words is not None:
-            words.push(buffer[overflow].to(torch.int32))
-        full = torch.where(overflow, (buffer >> WORD_BITS << GATE_BITS) + lost, full)
-        quotient = full.div(z, rounding_mode="floor")
-        values = (values >> GATE_BITS) * z + (full - quotient * z) + u
-        return torch.stack([values, quotient], 1)
+        values, buffer = multiply(rows[0], rows[1], z, words)
+        return values.add_(u), buffer
 
     @classmethod
-    def undo(cls, half: torch.Tensor, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> torch.Tensor:
-        if words is None:
-            raise ValueError("A forgetting state cannot be run backwards without the words that it has lost.")
+    def undo(cls, rows: Rows, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> Rows:
         z, u = cls.gate_and_increment(a, real)
-        values, buffer = half.unbind(1)
-        values = values - u
-        quotient = values.div(z, rounding_mode="floor")
-        full = buffer * z + (values - quotient * z)
-        values = (quotient << GATE_BITS) + (full & ((1 << GATE_BITS) - 1))
-        buffer = full >> GATE_BITS
-        if (overflowed := buffer < LOWEST).any():
-            buffer = buffer.clone()
-            buffer[overflowed] = (buffer[overflowed] << WORD_BITS) + words.pop(int(overflowed.sum())).to(buffer.device)
-        return torch.stack([values, buffer], 1)
+        return divide(rows[0] - u, rows[1], z, words)
 
     @staticmethod
     def derivatives(
@@ -164,10 +184,11 @@ class Forgetting:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         size = a.shape[-1] // 3
         by_update, _ = Additive.derivatives(half, a[..., : 2 * size], real)
-        r = a[..., 2 * size :]
-        by_r = half * r.sigmoid() * (1 - r.sigmoid())
-        by_r = by_r if real is None else by_r.masked_fill(~real, 0)
-        return torch.cat([by_update, by_r[..., None, :]], -2), gate(r, real).to(half.dtype) / (1 << GATE_BITS)
+        z = a[..., 2 * size :].sigmoid()
+        by_r, by_half = half * z * (1 - z), gate(z).to(half.dtype) * 2.0**-GATE_BITS
+        if real is not None:
+            by_r, by_half = by_r.masked_fill(~real, 0), by_half.masked_fill(~real, 1)
+        return torch.cat([by_update, by_r[..., None, :]], -2), by_half
 
 
 FORMS: dict[str, type[Additive] | type[Forgetting]] = {"additive": Additive, "forgetting": Forgetting}
@@ -211,33 +232,35 @@ def run(
     """
     if backwards and starts is not None:
         raise ValueError("A state cannot be run backwards over the start of a sequence, which has emptied it.")
-    first, second = state.unbind(1)
+    first, second = (half.unbind(1) for half in state.unbind(1))
+    empty = form.initial((weight.shape[-1],), x.device).unbind()
     dtype = x.dtype
     w1, w2 = weight.mT.unbind(0)
-    steps = x.unbind(0)
+    x1, x2 = (half.unbind() for half in x.unbind(2))
     states = torch.empty(*x.shape[:3], weight.shape[-1], dtype=dtype, device=x.device)
-    second_seen = floating_point(second[:, 0], dtype)
-    for t in reversed(range(len(steps))) if backwards else range(len(steps)):
-        x1, x2 = steps[t].unbind(1)
+    second_seen = floating_point(second[0], dtype)
+    for t in reversed(range(len(x))) if backwards else range(len(x)):
         here = None if real is None else real[t]
         if backwards:
-            first_seen = floating_point(first[:, 0], dtype)
+            first_seen = floating_point(first[0], dtype)
             states[t, :, 0], states[t, :, 1] = first_seen, second_seen
-            second = form.undo(second, torch.addmm(x2, soften(first_seen), w2), here, words)
-            second_seen = floating_point(second[:, 0], dtype)
-            first = form.undo(first, torch.addmm(x1, soften(second_seen), w1), here, words)
+            second = form.undo(second, torch.addmm(x2[t], soften(first_seen), w2), here, words)
+            second_seen = floating_point(second[0], dtype)
+            first = form.undo(first, torch.addmm(x1[t], soften(second_seen), w1), here, words)
             continue
         if starts is not None:
-            empty = form.initial(second[:, 0].shape, x.device)
-            new = starts[t][:, None, None]
-            first, second = torch.where(new, empty, first), torch.where(new, empty, second)
-            second_seen = floating_point(second[:, 0], dtype)
-        first = form.write(first, torch.addmm(x1, soften(second_seen), w1), here, words)
-        first_seen = floating_point(first[:, 0], dtype)
-        second = form.write(second, torch.addmm(x2, soften(first_seen), w2), here, words)
-        second_seen = floating_point(second[:, 0], dtype)
+            new = starts[t][:, None]
+            first, second = (
+                tuple(row.where(~new, fresh) for row, fresh in zip(half, empty, strict=True))
+                for half in (first, second)
+            )
+            second_seen = floating_point(second[0], dtype)
+        first = form.write(first, torch.addmm(x1[t], soften(second_seen), w1), here, words)
+        first_seen = floating_point(first[0], dtype)
+        second = form.write(second, torch.addmm(x2[t], soften(first_seen), w2), here, words)
+        second_seen = floating_point(second[0], dtype)
         states[t, :, 0], states[t, :, 1] = first_seen, second_seen
-    return states, torch.stack([first, second], 1)
+    return states, torch.stack([torch.stack(first, 1), torch.stack(second, 1)], 1)
 
 
 class Scan(torch.autograd.Function):
@@ -290,8 +313,156 @@ class Scan(torch.autograd.Function):
         return a_gradient, weight_gradient, torch.stack([g1, g2], 1), *[None] * 6
 
 
+@torch.no_grad()
+def accumulate(
+    u: torch.Tensor,
+    z: torch.Tensor,
+    state: torch.Tensor,
+    real: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    words: Words | None = None,
+    backwards: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`s_t = z s_{t-1} + u_t` over T steps.
+
+    Args:
+        u: `[T, B, 2, S]`, what is written.
+        z: `[S]`, a gate for each channel (see `gate`).
+        state, real, starts, words, backwards: as those of `run`, with R = 2.
+
+    Returns:
+        As `run`.
+    """
+    if backwards and starts is not None:
+        raise ValueError("A state cannot be run backwards over the start of a sequence, which has emptied it.")
+    values, buffer = state.unbind(2)
+    states, increments = torch.empty_like(u), fixed_point(u)
+    if real is not None:
+        increments.masked_fill_(~real[..., None], 0)
+    for t in reversed(range(len(u))) if backwards else range(len(u)):
+        gates = z if real is None else torch.where(real[t][..., None], z, 1 << GATE_BITS)
+        if backwards:
+            states[t] = floating_point(values, u.dtype)
+            values, buffer = divide(values - increments[t], buffer, gates, words)
+            continue
+        if starts is not None:
+            new = starts[t][:, None, None]
+            values, buffer = values.masked_fill(new, 0), buffer.masked_fill(new, LOWEST)
+        values, buffer = multiply(values, buffer, gates, words)
+        values += increments[t]
+        states[t] = floating_point(values, u.dtype)
+    return states, torch.stack([values, buffer], 2)
+
+
+class Accumulation(torch.autograd.Function):
+    """`accumulate` with gradients, for gates `z` `[S]` in floating point."""
+
+    @staticmethod
+    def forward(ctx, u, z, carrier, state, real, starts, words, backwards):
+        gates = gate(z)
+        states, other = accumulate(u, gates, state, real, starts, words, backwards)
+        initial = floating_point((other if backwards else state)[:, :, 0], u.dtype)
+        ctx.save_for_backward(states, initial, gates.to(u.dtype) * 2.0**-GATE_BITS, real, starts)
+        ctx.mark_non_differentiable(other)
+        return states, other, states[-1].clone()
+
+    @staticmethod
+    def backward(ctx, states_gradient, _, final_gradient):
+        states, initial, z, real, starts = ctx.saved_tensors
+        before, u_gradient = torch.cat([initial[None], states[:-1]]), torch.empty_like(states)
+        z_gradient, total = torch.zeros_like(z), final_gradient
+        for t in reversed(range(len(states))):
+            u_gradient[t] = total = total + states_gradient[t]
+            kept = total if starts is None else total.masked_fill(starts[t][:, None, None], 0)
+            total = kept * z if real is None else torch.where(real[t][..., None], kept * z, kept)
+            if real is not None:
+                kept = kept.masked_fill(~real[t][..., None], 0)
+            z_gradient += (kept * before[t]).sum((0, 1))
+        if real is not None:
+            u_gradient.masked_fill_(~real[..., None], 0)
+        return u_gradient, z_gradient, total, *[None] * 5
+
+
+class KeyValueMemory(nn.Module):
+    """RWKV's memory (Peng et al. 2023, arXiv 2305.13048, section 3.1.2), rewritten so that it is read after it has been
+    written. In each channel, with a decay `z = exp(-exp(time_decay))` and a bonus `b = exp(time_first)` for the token
+    itself, for a key k and a value v:
+
+        num' = z num + e^k v        den' = z den + e^k
+
+        wkv = (num + b e^k v) / (den + b e^k) = (num' + (z b - 1) e^k v) / (den' + (z b - 1) e^k)
+
+    In fixed point, e^k has a largest and a smallest value: keys are limited to ±`LARGEST_KEY`, and z to
+    1 - 2^-`GATE_BITS`. As what comes out of the buffers (`multiply`) adds up to 2^(`GATE_BITS` - `FRACTION_BITS`),
+    about 1e-6, to a state, it is e^k times `SCALE` that is added up: the quotient is the same.
+
+    Args:
+        size: S, the number of channels.
+    """
+
+    LARGEST_KEY = 6
+    SCALE = 16
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.time_decay = nn.Parameter(torch.empty(size))
+        self.time_first = nn.Parameter(torch.empty(size))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        # Horizons from 150 steps, as in RWKV, to a third of one. Still shorter ones cost digits: what has just been
+        # written is taken away again in the reading, and z times it is left.
+        init.copy_(self.time_decay, torch.linspace(-5, 1, len(self.time_decay)))
+        init.constant_(self.time_first, math.log(0.3))
+
+    def initial_state(self, batch: int) -> torch.Tensor:
+        """The empty state `[B, 2, 2, S]`: numerators and denominators."""
+        return Forgetting.initial((batch, 2, len(self.time_decay)), self.time_decay.device)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+        carrier: torch.Tensor | None = None,
+        words: Words | None = None,
+        backwards: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`x` `[B, T, 2 S]`, keys and values → wkv `[B, T, S]`, the state, the carrier. The rest: see
+        `ReversibleCell.forward`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with maybe_autocast(x.device.type, enabled=False):
+            k, v = x.to(dtype).chunk(2, -1)
+            e = self.SCALE * k.clamp(-self.LARGEST_KEY, self.LARGEST_KEY).exp()
+            u = torch.stack([e * v, e], 2)
+            z = torch.exp(-torch.exp(self.time_decay.to(dtype))).clamp(max=1 - 2.0**-GATE_BITS)
+            z = z + (gate(z).to(dtype) * 2.0**-GATE_BITS - z).detach()
+            if state is None:
+                state = self.initial_state(len(x))
+            if carrier is None:
+                carrier = u.new_zeros(len(x), 2, u.shape[-1])
+            if real is not None:
+                real = real.bool()
+            states, other, carrier = Accumulation.apply(
+                u.transpose(0, 1),
+                z,
+                carrier,
+                state,
+                None if real is None else real.T[..., None],
+                None if starts is None else starts.bool().T,
+                words,
+                backwards,
+            )
+            num, den = (states.transpose(0, 1) + (z * self.time_first.to(dtype).exp() - 1) * u).unbind(2)
+            if real is not None:
+                den = den.masked_fill(~real[..., None], 1)  # Nothing may have been written yet.
+        return num / den, other, carrier
+
+
 class ReversibleCell(nn.Module):
-    """The coupled cell: `f1` and `f2` are `σ(p) tanh(q)`, where p and q are linear in x and in the other half, whose
+    """The coupled cell: `f1` and `f2` are `tanh(q) σ(p)`, where q and p are linear in x and in the other half, whose
     size is limited beforehand (`soften`).
 
     Args:

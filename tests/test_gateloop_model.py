@@ -15,6 +15,7 @@ MIXTURES = {
     "attention first": {"layer_types": ["full_attention", "gateloop"], "state_transition": "positive"},
     "reversible": {"layer_types": ["reversible"] * 2},
     "reversible, forgetting": {"layer_types": ["reversible", "gateloop"], "reversible_form": "forgetting"},
+    "rwkv": {"layer_types": ["reversible", "rwkv"]},
     "attention first, then reversible": {"layer_types": ["full_attention", "reversible"]},
     "cartesian": {"layer_types": ["gateloop"] * 2, "state_transition": "cartesian", "gateloop_num_heads": 8},
 }
@@ -172,6 +173,7 @@ def test_what_cannot_be_generated_is_refused_at_once(mixture):
 
 @every_mixture
 def test_a_compiled_training_step_has_no_graph_breaks_and_the_same_gradients(mixture):
+    torch.compiler.reset()  # For fear of the limit on how often one function is compiled.
     ids, gradients = tokens(2, 11), []
     for compiled in (False, True):
         model = decoder(mixture).train()
@@ -196,7 +198,7 @@ def test_labels_and_hidden_states_are_those_of_a_causal_language_model(mixture):
     assert not torch.allclose(logits[:, 6:], out.logits[:, 6:])
 
 
-@pytest.mark.parametrize("mixture", ["pure", "reversible", "reversible, forgetting"])
+@pytest.mark.parametrize("mixture", ["pure", "reversible", "reversible, forgetting", "rwkv"])
 def test_in_pieces_gradients_are_those_of_the_whole(mixture):
     model, ids = decoder(mixture), tokens(2, 11)
     model(ids, use_cache=False).logits.square().sum().backward()
@@ -209,7 +211,7 @@ def test_in_pieces_gradients_are_those_of_the_whole(mixture):
         torch.testing.assert_close(parameter.grad, whole, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("mixture", ["reversible", "reversible, forgetting"])
+@pytest.mark.parametrize("mixture", ["reversible", "reversible, forgetting", "rwkv"])
 @pytest.mark.parametrize("feedback", ["gated_add", "glu"])
 def test_a_stateful_gpt_around_reversible_layers_is_solved_and_trained_as_it_is_stepped(mixture, feedback):
     backbone, ids = decoder(mixture), tokens(2, 9)
@@ -230,7 +232,7 @@ def test_a_stateful_gpt_around_reversible_layers_is_solved_and_trained_as_it_is_
         assert (stepped - passed).norm() <= 1e-5 * stepped.norm() + 1e-8
 
 
-@pytest.mark.parametrize("mixture", ["pure", "reversible", "reversible, forgetting"])
+@pytest.mark.parametrize("mixture", ["pure", "reversible", "reversible, forgetting", "rwkv"])
 def test_cropping_remembers_which_tokens_were_padding(mixture):
     model, ids = decoder(mixture), tokens(2, 10)
     mask = torch.ones_like(ids)

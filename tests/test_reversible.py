@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
 from modeling_stateful_gpt.reversible import (
     FORMS,
     GATE_BITS,
     LOWEST,
     WORD_BITS,
+    KeyValueMemory,
     ReversibleCell,
     Words,
     fixed_point,
@@ -39,7 +41,7 @@ def through_time(cell, x, states, real=None, starts=None):
         return exact + (to - exact).detach()
 
     def changed(half, a):
-        p, q, *r = a.chunk(cell.form.parts, -1)
+        q, p, *r = a.chunk(cell.form.parts, -1)
         update = p.sigmoid() * q.tanh()
         if r:
             z = r[0].sigmoid()
@@ -203,3 +205,93 @@ def test_autocast_changes_no_gate(form):
     expected = made(x)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(made(x)[0], expected)
+
+
+# RWKV's memory
+
+
+def memory(dtype=torch.float64, size=6):
+    """With decays that are multiples of 2^-GATE_BITS, from an eighth that stays to nearly all."""
+    torch.manual_seed(0)
+    made = KeyValueMemory(size).to(dtype)
+    with torch.no_grad():
+        z = torch.linspace(2**GATE_BITS / 8, 2**GATE_BITS - 1, size, dtype=torch.float64).round() / 2**GATE_BITS
+        made.time_decay.copy_((-z.log()).log())
+        made.time_first.normal_(std=0.5)
+    return made
+
+
+@pytest.mark.parametrize("length", [1, 2, 37])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_memory_is_that_of_transformers_rwkv_though_it_is_read_after_it_is_written(batch, length):
+    made, x = memory(), torch.randn(batch, length, 12, dtype=torch.float64)
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    weights = torch.randn(batch, length, 6, dtype=torch.float64)
+    expected, _ = rwkv_linear_attention_cpu(made.time_decay, made.time_first, *theirs.chunk(2, -1))
+    (expected * weights).sum().backward()
+    gradients = [theirs.grad, *(p.grad for p in made.parameters())]
+    made.zero_grad()
+    wkv, _, _ = made(ours)
+    torch.testing.assert_close(wkv, expected, rtol=1e-5, atol=1e-5)
+    (wkv * weights).sum().backward()
+    same([ours.grad, *(p.grad for p in made.parameters())], gradients)
+
+
+def same(ours, theirs):
+    """To what the fixed point adds and rounds."""
+    for mine, reference in zip(ours, theirs, strict=True):
+        reference = torch.zeros_like(mine) if reference is None else reference
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+
+
+def wkv_by_a_loop(made, x, real, starts):
+    """The slow, obvious reference, read before it is written, in floating point."""
+    k, v = x.chunk(2, -1)
+    z, bonus = torch.exp(-torch.exp(made.time_decay)), made.time_first.exp()
+    num = den = torch.zeros_like(k[:, 0])
+    result = []
+    for t in range(x.shape[1]):
+        new = starts[:, t, None]
+        num, den, e = num.masked_fill(new, 0), den.masked_fill(new, 0), k[:, t].exp()
+        result.append((num + bonus * e * v[:, t]) / (den + bonus * e))
+        here = real[:, t, None]
+        num, den = torch.where(here, z * num + e * v[:, t], num), torch.where(here, z * den + e, den)
+    return torch.stack(result, 1).masked_fill(~real[..., None], 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("length", [1, 23])
+def test_padding_and_packing_in_the_memory_are_those_of_a_loop_forwards_and_backwards(length, dtype):
+    made, x = memory(dtype), torch.randn(3, length, 12, dtype=dtype)
+    real, starts = torch.rand(3, length) < 0.7, torch.rand(3, length) < 0.2
+    weights = torch.randn(3, length, 6, dtype=dtype)
+    found = []
+    for evaluate in (made, lambda *inputs: [wkv_by_a_loop(made, *inputs)]):
+        inputs = x.clone().requires_grad_()
+        wkv = evaluate(inputs, None, real, starts)[0] if evaluate is made else evaluate(inputs, real, starts)[0]
+        wkv = wkv.masked_fill(~real[..., None], 0)
+        (wkv * weights).sum().backward()
+        found.append([wkv.detach(), inputs.grad, *(p.grad for p in made.parameters())])
+        made.zero_grad()
+    same(*found)
+
+
+@given(st.integers(1, 3), st.integers(1, 40), st.booleans(), st.integers(0, 99))
+@settings(max_examples=40)
+def test_the_memory_runs_backwards_bit_for_bit(batch, length, padded, seed):
+    torch.manual_seed(seed)
+    dtype = (torch.float32, torch.float64)[seed % 2]
+    made, words = memory(dtype), Words()
+    x = 5 * torch.randn(batch, length, 12, dtype=dtype)  # Some keys are beyond the largest.
+    real = torch.rand(batch, length) < 0.7 if padded else None
+    before = made(x.flip(1), words=words)[1]
+    kept = words.number
+    wkv, after, _ = made(x, before, real, words=words)
+    again, undone, _ = made(x, after, real, words=words, backwards=True)
+    assert torch.equal(undone, before) and torch.equal(again, wkv) and words.number == kept
+    assert wkv.isfinite().all()
+
+
+def test_the_memory_goes_no_way_back_over_the_start_of_a_sequence():
+    with pytest.raises(ValueError, match="over the start of a sequence"):
+        memory()(torch.zeros(1, 2, 12), None, None, torch.ones(1, 2), words=Words(), backwards=True)

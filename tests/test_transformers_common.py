@@ -138,6 +138,14 @@ class HybridTest(GateLoop, unittest.TestCase):
     layer_types = ["gateloop", "full_attention"]
 
 
+class ReversibleTest(GateLoopTest):
+    layer_types = ["reversible"] * 2
+
+
+class RWKVTest(GateLoopTest):
+    layer_types = ["reversible", "rwkv"]
+
+
 class StatefulGPTTest(Stateful, GPTTest):
     pass
 

@@ -257,8 +257,9 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class FreshSequences(Dataset):
-    """Never the same sequence twice. Lengths are uniform from the task's shortest up to a longest, which grows to that
-    of the task over the first `curriculum` (a share) of the training."""
+    """Never the same sequence twice. Short ones are frequent: lengths are uniform from the task's shortest up to a
+    bound that is itself uniform up to a longest, which grows to that of the task over the first `curriculum` (a share)
+    of the training."""
 
     def __init__(self, task: Task, size: int, seed: int, curriculum: float):
         self.task, self.size, self.seed, self.curriculum = task, size, seed, curriculum
@@ -275,8 +276,9 @@ class FreshSequences(Dataset):
         return self.draw(index, self.longest(index / self.size))
 
     def draw(self, index: int, longest: int) -> dict:
-        random = np.random.default_rng([self.seed, index])
-        return example(self.task, random, int(random.integers(self.task.train_lengths[0], longest + 1)))
+        random, shortest = np.random.default_rng([self.seed, index]), self.task.train_lengths[0]
+        bound = random.integers(shortest, longest + 1)
+        return example(self.task, random, int(random.integers(shortest, bound + 1)))
 
 
 class RevisitedSequences(FreshSequences):

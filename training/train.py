@@ -54,7 +54,7 @@ from modeling_stateful_gpt import (
     StatefulGPTConfig,
     StatefulGPTForCausalLM,
 )
-from modeling_stateful_gpt.cache import RECURRENT_LAYER_TYPES
+from modeling_stateful_gpt.cache import RECURRENT_LAYERS
 from modeling_stateful_gpt.generation_gateloop import position_limit
 from modeling_stateful_gpt.upload import upload
 
@@ -83,6 +83,8 @@ PRESETS = {
     "hybrid": Preset({"layer_types": ["gateloop", "full_attention"]}),
     "reversible": Preset({"layer_types": ["reversible"]}),
     "reversible_forgetting": Preset({"layer_types": ["reversible"], "reversible_form": "forgetting"}),
+    # RWKV with its token shift replaced by a layer with feedback.
+    "rwkv": Preset({"layer_types": ["reversible", "rwkv", "rwkv", "rwkv"], "reversible_form": "forgetting"}),
     # The control: the same fusion, fed with the previous token's embedding.
     "token_shift": Preset(stateful={"feedback": "gated_add", "feedback_source": "embedding"}),
     "stateful": Preset(stateful={"feedback": "gated_add"}),
@@ -162,6 +164,12 @@ class DataArguments:
         },
     )
     chunk_size: int = field(default=1024, metadata={"help": "Tokens of a document whose activations are kept at once."})
+    progress_seconds: float = field(
+        default=300,
+        metadata={
+            "help": "How often to keep how far a document has been read, for a run that is killed in the middle."
+        },
+    )
 
 
 ENDLESS = 10**9
@@ -480,7 +488,7 @@ def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback:
         if getattr(arguments, name) not in (getattr(defaults, name), own):
             raise RunError(f"--{name} is for a model from scratch; {arguments.model_name_or_path} has its own.")
     layer_types = getattr(text_config, "layer_types", None) or []
-    if arguments.preset == "gpt" and not RECURRENT_LAYER_TYPES.isdisjoint(layer_types):
+    if arguments.preset == "gpt" and not RECURRENT_LAYERS.keys().isdisjoint(layer_types):
         raise RunError(f"{arguments.model_name_or_path} is no gpt: it has layers with a state; leave out --preset.")
     stateful = model.config.model_type == StatefulGPTConfig.model_type
     as_it_is = arguments.preset is None and model.config.model_type in OURS
@@ -801,6 +809,7 @@ def make_document_trainer(data_arguments: DataArguments, data: TrainingData, **a
         train_dataset=documents,
         context=data_arguments.context,
         chunk_size=data_arguments.chunk_size,
+        progress_seconds=data_arguments.progress_seconds,
         **{**arguments, "data_collator": pad},
     )
 

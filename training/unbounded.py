@@ -4,9 +4,10 @@
 
 The document is read once, keeping of each layer only its last state; then once more from its end, piece by piece: what
 each layer's state was at the beginning of a piece is rebuilt, the piece is computed again, with gradients, and the
-gradient of that state is passed on to the piece before. Reversible layers rebuild their states by running backwards
-(with the lost bits, if they forget); those of GateLoop layers, which are small, are kept for the beginning of each
-piece.
+gradient of that state is passed on to the piece before. Reversible and RWKV layers rebuild their states by running
+backwards (with the lost bits, if they forget); those of GateLoop layers, which are small, are kept for the beginning of
+each piece. So are all states of a model with feedback around it: what its layers read at a token depends on what they
+gave at the one before, which would have to be known already.
 
 `train.py --context unbounded --chunk_size 1024` uses it. For a Trainer of your own:
 
@@ -18,7 +19,10 @@ piece.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import copy
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,18 +34,27 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_stateful_gpt.cache import RECURRENT_LAYER_TYPES, GateLoopStateLayer, ReversibleStateLayer
+from modeling_stateful_gpt.cache import (
+    RECURRENT_LAYERS,
+    GateLoopStateLayer,
+    LastHiddenStateLayer,
+    RecurrentStateLayer,
+    ReversibleStateLayer,
+)
 from modeling_stateful_gpt.reversible import LOWEST, Words
+
+CARRIES_GRADIENT = {GateLoopStateLayer: "state", ReversibleStateLayer: "carrier", LastHiddenStateLayer: "keys"}
+"""Through which of a layer's tensors gradients go on into the piece before."""
 
 
 class RewindableLayer(ReversibleStateLayer):
-    """A reversible layer's state while documents are read, forwards or backwards."""
+    """The state of a layer that can be run backwards, while documents are read, forwards or backwards."""
 
     _layer_type = "rewindable"  # A class by which transformers would make caches, if it had the type of its parent.
 
-    def __init__(self) -> None:
+    def __init__(self, layer_type: str) -> None:
         super().__init__()
-        self._layer_type = "reversible"
+        self._layer_type = layer_type
         self.words: Words | None = None
         self.backwards = False
 
@@ -51,45 +64,53 @@ class RewindableLayer(ReversibleStateLayer):
 
 @dataclass
 class Boundaries:
-    """The states of GateLoop layers before each piece, in memory or, one file each, in `folder`."""
+    """What cannot be run backwards, as it was before each piece: layers in memory or, a file each, in `folder`."""
 
     folder: Path | None
     kept: list = field(default_factory=list)
 
-    def push(self, states: list[torch.Tensor | None]) -> None:
+    def push(self, layers: list) -> None:
+        layers = [copy.copy(layer) for layer in layers]
         if self.folder is not None:
             path = self.folder / f"{len(self.kept)}.pt"
-            torch.save(states, path)
+            torch.save(layers, path)
             self.kept.append(path)
         else:
-            self.kept.append(states)
+            self.kept.append(layers)
 
-    def pop(self) -> list[torch.Tensor | None]:
+    def pop(self) -> list:
         kept = self.kept.pop()
         if self.folder is None:
             return kept
-        states = torch.load(kept)
+        layers = torch.load(kept, weights_only=False)
         kept.unlink()
-        return states
+        return layers
 
 
 def check_recurrent(model: PreTrainedModel) -> None:
     """Raises a ValueError unless all that the model carries from token to token are states of fixed size."""
     config = model.config
     layer_types = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
-    wrong = [f"{number} ({kind})" for number, kind in enumerate(layer_types) if kind not in RECURRENT_LAYER_TYPES]
+    wrong = [f"{number} ({kind})" for number, kind in enumerate(layer_types) if kind not in RECURRENT_LAYERS]
     if wrong:
         raise ValueError(
-            f"Unbounded context needs layers whose past is a state of fixed size, gateloop or reversible. These look "
-            f"back at every token, or are unknown: layers {', '.join(wrong)}. Train this model on blocks of text."
+            f"Unbounded context needs layers whose past is a state of fixed size ({', '.join(RECURRENT_LAYERS)}). "
+            f"These look back at every token, or are unknown: layers {', '.join(wrong)}. Train this model on blocks of "
+            f"text."
         )
     if getattr(model, "is_activation_checkpointing", False):
         raise ValueError("Unbounded context computes again whatever it needs: leave out gradient checkpointing.")
-    if getattr(config, "feedback", None) is not None:
+    if has_feedback(model) and config.training_solver != "sequential":
         raise ValueError(
-            "Unbounded context is for decoders without feedback: its passes over the sequence need all of it at once. "
-            "Use feedback=None, or train on blocks of text."
+            f"The feedback's training_solver is {config.training_solver!r}, whose passes over the sequence need all of "
+            f"it at once. Use training_solver='sequential', feedback=None, or train on blocks of text."
         )
+    if has_feedback(model) and (config.feedback_noise or config.prefix_mixin):
+        raise ValueError("Unbounded context takes the feedback as it is: leave out feedback_noise and prefix_mixin.")
+
+
+def has_feedback(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "feedback", None) is not None
 
 
 @contextlib.contextmanager
@@ -128,30 +149,120 @@ class Batch:
         self.starts = range(0, self.input_ids.shape[1], self.chunk_size)
 
     def layers(self) -> list:
-        kinds = {"gateloop": GateLoopStateLayer, "reversible": RewindableLayer}
-        return [kinds[kind]() for kind in self.model.config.get_text_config().layer_types]
+        """Of an empty cache. A layer can be run backwards unless what it reads depends on what it gave: that is what
+        feedback around the model does."""
+        kinds = self.model.config.get_text_config().layer_types
+        if has_feedback(self.model):
+            return [*(RECURRENT_LAYERS[kind]() for kind in kinds), LastHiddenStateLayer()]
+        rewindable = {k for k, layer in RECURRENT_LAYERS.items() if issubclass(layer, ReversibleStateLayer)}
+        return [RewindableLayer(kind) if kind in rewindable else RECURRENT_LAYERS[kind]() for kind in kinds]
 
     def read(self, start: int, layers: list) -> torch.Tensor:
         """The share of a piece in the loss; leaves the states after it in `layers`."""
         piece = slice(start, start + self.chunk_size)
         for layer in layers:
-            layer.seen = 0  # The mask is of this piece only.
+            if isinstance(layer, RecurrentStateLayer):
+                layer.seen = 0  # The mask is of this piece only.
         cache = DynamicCache()
         cache.layers = layers
+        ids = self.input_ids[:, piece]
+        solver = {"solver": "sequential"} if has_feedback(self.model) else {}
         with same_dropout(self.seed + start):
-            return self.model(
-                input_ids=self.input_ids[:, piece],
+            loss = self.model(
+                input_ids=ids,
                 attention_mask=None if self.attention_mask is None else self.attention_mask[:, piece],
+                position_ids=torch.arange(start, start + ids.shape[1], device=ids.device)[None],
                 labels=self.labels[:, piece],
                 shift_labels=self.targets[:, piece].contiguous(),
                 num_items_in_batch=self.num_items_in_batch,
                 past_key_values=cache,
                 use_cache=True,
+                **solver,
             ).loss
+        layers[:] = cache.layers
+        return loss
 
     def pieces(self, starts: range, what: str) -> Iterator[int]:
         """The `starts`, with a bar where there are many."""
         return iter(tqdm(starts, desc=what, unit="piece", leave=False, disable=len(starts) < 100))
+
+
+def open_to_gradients(layer, dtype: torch.dtype) -> torch.Tensor | None:
+    """Cuts a layer off from what came before, and returns the tensor to which its gradient then goes; None if there is
+    nothing before."""
+    name = carrier_of(layer)
+    if name == "carrier":
+        before = None if layer.state is None else torch.zeros_like(layer.state[:, :, 0], dtype=dtype)
+    else:
+        before = getattr(layer, name, None)
+    before = None if before is None else before.detach().requires_grad_()
+    setattr(layer, name, before)
+    return before
+
+
+def carrier_of(layer) -> str:
+    return next(name for kind, name in CARRIES_GRADIENT.items() if isinstance(layer, kind))
+
+
+@dataclass
+class Reading:
+    """How far a batch of documents has been read, and all that is needed to go on from there."""
+
+    layers: list
+    boundaries: Boundaries
+    gradients: list[torch.Tensor | None]
+    """Of the loss of the pieces behind, by what `layers` carry into them."""
+    total: torch.Tensor
+    forwards: int = 0
+    backwards: int = 0
+    """Pieces."""
+
+
+@dataclass
+class Progress:
+    """Keeps a `Reading` in a file, so that a killed run can go on in the middle of a document.
+
+    Args:
+        path: of the file, deleted when the documents have been read; None to keep nothing.
+        seconds: between two writes.
+    """
+
+    path: Path | None = None
+    seconds: float = 300
+
+    def __post_init__(self) -> None:
+        self.written = time.monotonic()
+
+    @staticmethod
+    def key(batch: Batch) -> list:
+        """By which a reading is known: as a run is resumed from a checkpoint, it comes again to the same documents with
+        the same weights and the same dropout."""
+        weights = [torch.hash_tensor(p.detach()).item() for p in batch.model.parameters()]
+        return [batch.seed, batch.chunk_size, torch.hash_tensor(batch.input_ids).item(), weights]
+
+    def begin(self, batch: Batch, reading: Reading) -> Reading:
+        """The reading in the file, if it is of this batch, with the gradients so far; otherwise the given one."""
+        if self.path is None or not self.path.exists():
+            return reading
+        saved = torch.load(self.path, weights_only=False)
+        if saved["key"] != self.key(batch):
+            return reading
+        for parameter, gradient in zip(batch.model.parameters(), saved["gradients"], strict=True):
+            parameter.grad = gradient
+        return saved["reading"]
+
+    def save(self, batch: Batch, reading: Reading) -> None:
+        if self.path is None or time.monotonic() - self.written < self.seconds:
+            return
+        gradients = [p.grad for p in batch.model.parameters()]
+        partial_path = self.path.with_suffix(".partial")
+        torch.save({"key": self.key(batch), "reading": reading, "gradients": gradients}, partial_path)
+        os.replace(partial_path, self.path)
+        self.written = time.monotonic()
+
+    def end(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 def backward_through_time(
@@ -162,57 +273,71 @@ def backward_through_time(
     attention_mask: torch.Tensor | None = None,
     num_items_in_batch: int | torch.Tensor | None = None,
     offload: bool = False,
+    progress: Progress | None = None,
 ) -> torch.Tensor:
     """Adds to every parameter's `.grad` the gradient of the mean loss over whole documents, and returns that loss.
 
     Args:
-        model: a causal language model of GateLoop and reversible layers.
+        model: a causal language model of layers with a state of fixed size; around it, feedback with
+            `training_solver="sequential"`, which is then stepped token by token.
         input_ids: `[B, T]`.
         labels: `[B, T]`, the `input_ids` themselves (they are shifted here), −100 where there is no loss.
         chunk_size: tokens of a piece, whose activations are in memory together. Any number does.
         attention_mask: `[B, T]`, 0 on padding.
         num_items_in_batch: what the sum of the losses is divided by; by default, the number of tokens with a loss.
-        offload: keep the states of GateLoop layers at the beginnings of pieces on disk instead of in memory.
+        offload: keep the states that must be stored at the beginnings of pieces on disk instead of in memory.
+        progress: where to keep, from time to time, how far it has come.
 
     Raises:
-        ValueError: for a model with other layers, no tokens, or a `chunk_size` below 1.
+        ValueError: for a model with other layers, no tokens, a `chunk_size` below 1, or `offload` with `progress`.
         RuntimeError: if running backwards does not lead to the state at the beginning; the gradients would be wrong.
     """
     batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
-    layers, dtype = batch.layers(), torch.promote_types(model.dtype, torch.float32)
-    rewindable = [layer for layer in layers if isinstance(layer, RewindableLayer)]
-    others = [layer for layer in layers if not isinstance(layer, RewindableLayer)]
-    for layer in rewindable:
-        layer.words = Words()
-    total = torch.zeros((), device=input_ids.device)
+    progress, dtype = progress or Progress(), torch.promote_types(model.dtype, torch.float32)
+    if offload and progress.path is not None:
+        raise ValueError("States that are offloaded do not outlive the process: leave out offload or progress.")
     with contextlib.ExitStack() as stack:
-        boundaries = Boundaries(Path(stack.enter_context(TemporaryDirectory())) if offload else None)
+        folder = Path(stack.enter_context(TemporaryDirectory())) if offload else None
+        layers = batch.layers()
+        for layer in rewindable(layers):
+            layer.words = Words()
+        total = torch.zeros((), device=input_ids.device)
+        reading = progress.begin(batch, Reading(layers, Boundaries(folder), [None] * len(layers), total))
         with torch.no_grad():
-            for start in batch.pieces(batch.starts, "forwards"):
-                boundaries.push([layer.state for layer in others])
-                total += batch.read(start, layers)
-        gradients: list[torch.Tensor | None] = [None] * len(layers)
-        for layer in rewindable:
+            for start in batch.pieces(batch.starts[reading.forwards :], "forwards"):
+                reading.boundaries.push([z for z in reading.layers if not isinstance(z, RewindableLayer)])
+                reading.total += batch.read(start, reading.layers)
+                reading.forwards += 1
+                progress.save(batch, reading)
+        for layer in rewindable(reading.layers):
             layer.backwards = True
-        for start in batch.pieces(batch.starts[::-1], "backwards"):
-            before = [None if state is None else state.requires_grad_() for state in boundaries.pop()]
-            for layer, state in zip(others, before, strict=True):
-                layer.state = state
-            for layer in rewindable:
-                layer.carrier = torch.zeros_like(layer.state[:, :, 0], dtype=dtype, requires_grad=True)
-            before += [layer.carrier for layer in rewindable]
+        for start in batch.pieces(batch.starts[::-1][reading.backwards :], "backwards"):
+            stored = iter(reading.boundaries.pop())
+            layers = [z if isinstance(z, RewindableLayer) else next(stored) for z in reading.layers]
+            before = [open_to_gradients(layer, dtype) for layer in layers]
             loss = batch.read(start, layers)
-            after = [layer.state for layer in others] + [layer.carrier for layer in rewindable]
-            known = [(z, gradient) for z, gradient in zip(after, gradients, strict=True) if gradient is not None]
-            torch.autograd.backward([loss, *(z for z, _ in known)], [None, *(gradient for _, gradient in known)])
-            gradients = [None if z is None else z.grad for z in before]
-    if any(layer.state[:, :, 0].any() or (layer.state[:, :, 1:] != LOWEST).any() for layer in rewindable):
+            after = [getattr(layer, carrier_of(layer)) for layer in layers]
+            known = [(z, g) for z, g in zip(after, reading.gradients, strict=True) if g is not None]
+            torch.autograd.backward([loss, *(z for z, _ in known)], [None, *(g for _, g in known)])
+            reading.gradients = [None if z is None else z.grad for z in before]
+            for layer in rewindable(layers):
+                layer.carrier = None
+            reading.layers = layers
+            reading.backwards += 1
+            progress.save(batch, reading)
+    progress.end()
+    states = [layer.state for layer in rewindable(reading.layers)]
+    if any(state[:, :, 0].any() or (state[:, :, 1:] != LOWEST).any() for state in states):
         raise RuntimeError(
             "Running backwards did not lead to the empty state that the documents began with: something was not "
             "computed again as it was the first time. The gradients are wrong; do not change the number of threads "
             "meanwhile."
         )
-    return total
+    return reading.total
+
+
+def rewindable(layers: list) -> list[RewindableLayer]:
+    return [layer for layer in layers if isinstance(layer, RewindableLayer)]
 
 
 def truncated_backward(
@@ -222,22 +347,26 @@ def truncated_backward(
     chunk_size: int,
     attention_mask: torch.Tensor | None = None,
     num_items_in_batch: int | torch.Tensor | None = None,
+    progress: Progress | None = None,
 ) -> torch.Tensor:
     """States go on from piece to piece, gradients do not: what people do today. Arguments: `backward_through_time`."""
     batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
-    layers = batch.layers()
-    total = torch.zeros((), device=input_ids.device)
-    for start in batch.pieces(batch.starts, "truncated"):
-        loss = batch.read(start, layers)
+    progress, total = progress or Progress(), torch.zeros((), device=input_ids.device)
+    reading = progress.begin(batch, Reading(batch.layers(), Boundaries(None), [], total))
+    for start in batch.pieces(batch.starts[reading.forwards :], "truncated"):
+        loss = batch.read(start, reading.layers)
         loss.backward()
-        total += loss.detach()
-        for layer in layers:
-            layer.state = layer.state.detach()
-            layer.carrier = None
-    return total
+        reading.total += loss.detach()
+        for layer in reading.layers:
+            name = carrier_of(layer)
+            setattr(layer, name, None if name == "carrier" else getattr(layer, name).detach())
+        reading.forwards += 1
+        progress.save(batch, reading)
+    progress.end()
+    return reading.total
 
 
-CONTEXTS = {"unbounded": backward_through_time, "truncated": truncated_backward}
+CONTEXTS: dict[str, Callable[..., torch.Tensor]] = {"unbounded": backward_through_time, "truncated": truncated_backward}
 
 
 class Documents(Dataset):
@@ -290,11 +419,17 @@ def pad(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class WholeDocuments:
-    """Mixed into a Trainer: a step is one over whole documents, read in pieces of `chunk_size`; see `CONTEXTS`."""
+    """Mixed into a Trainer: a step is one over whole documents, read in pieces of `chunk_size`; see `CONTEXTS`.
 
-    def __init__(self, *args, context: str = "unbounded", chunk_size: int = 1024, **kwargs):
+    Every `progress_seconds`, how far a document has been read is kept in the output folder. Resumed from a checkpoint,
+    a run goes on from there when it comes to that document again.
+    """
+
+    def __init__(
+        self, *args, context: str = "unbounded", chunk_size: int = 1024, progress_seconds: float = 300, **kwargs
+    ):
         super().__init__(*args, **kwargs)
-        self.context, self.chunk_size = context, chunk_size
+        self.context, self.chunk_size, self.progress_seconds = context, chunk_size, progress_seconds
         check_recurrent(self.model)  # type: ignore[attr-defined]
         arguments = self.args  # type: ignore[attr-defined]
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
@@ -316,9 +451,14 @@ class WholeDocuments:
         inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
         accelerator = self.accelerator  # type: ignore[attr-defined]
         whole = accelerator.unwrap_model(model)
+        file = Path(self.args.output_dir, f"document-{accelerator.process_index}.pt")  # type: ignore[attr-defined]
         with self.compute_loss_context_manager():  # type: ignore[attr-defined]
             loss = CONTEXTS[self.context](
-                whole, chunk_size=self.chunk_size, num_items_in_batch=num_items_in_batch, **inputs
+                whole,
+                chunk_size=self.chunk_size,
+                num_items_in_batch=num_items_in_batch,
+                progress=Progress(file, self.progress_seconds),
+                **inputs,
             )
         if accelerator.num_processes > 1 and accelerator.sync_gradients:
             for parameter in whole.parameters():
