@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rwkv import by_a_scan
 from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
 from modeling_stateful_gpt.reversible import (
@@ -295,3 +296,17 @@ def test_the_memory_runs_backwards_bit_for_bit(batch, length, padded, seed):
 def test_the_memory_goes_no_way_back_over_the_start_of_a_sequence():
     with pytest.raises(ValueError, match="over the start of a sequence"):
         memory()(torch.zeros(1, 2, 12), None, None, torch.ones(1, 2), words=Words(), backwards=True)
+
+
+@pytest.mark.parametrize("length", [1, 2, 37])
+def test_the_scan_by_which_transformers_rwkv_is_trained_is_its_loop(length):
+    made, x = memory(torch.float32), torch.randn(3, length, 12)
+    weights = torch.randn(3, length, 6)
+    found = []
+    for evaluate in (by_a_scan, rwkv_linear_attention_cpu):
+        inputs = x.clone().requires_grad_()
+        wkv, _ = evaluate(made.time_decay, made.time_first, *inputs.chunk(2, -1))
+        (wkv * weights).sum().backward()
+        found.append([wkv.detach(), inputs.grad, *(p.grad for p in made.parameters())])
+        made.zero_grad()
+    same(*found)

@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from train import (
     PRESETS,
+    DocumentTrainer,
     Preset,
     RunError,
     SteppingTrainer,
@@ -69,6 +70,8 @@ class Task:
     train_lengths: tuple[int, int] = (3, 40)
     test_lengths: tuple[int, ...] = (40, 64, 96, 128, 192, 256)
     beyond: tuple[int, ...] = (512, 2048)
+    silence: int | None = None
+    """A token whose embedding is 0 and stays so."""
 
     def draw(self, random: np.random.Generator, length: int) -> tuple[list[int], list[int]]:
         """A sequence of `length` tokens (one less where the task has none of that length), and what is asked at each:
@@ -228,6 +231,20 @@ class FlipFlop(Task):
         return tokens, targets
 
 
+class Recall(Task):
+    """Among symbols at the beginning, one comes after a mark; the last token, after a long silence, asks for it (the
+    copying problem of Hochreiter and Schmidhuber 1997, and Arjovsky et al. 2016, arXiv 1511.06464, with a choice)."""
+
+    SYMBOLS = 6
+
+    def draw(self, random, length):
+        symbols = random.integers(self.num_classes, size=self.SYMBOLS).tolist()
+        marked, mark = int(random.integers(self.SYMBOLS)), self.silence + 1
+        silence = [self.silence] * (length - self.SYMBOLS - 2)
+        tokens = [*symbols[:marked], mark, *symbols[marked:], *silence, self.silence + 2]
+        return tokens, at_the_end(length, symbols[marked])
+
+
 TASKS: dict[str, Task] = {
     "parity": FinalAnswer(num_tokens=2, num_classes=2, answer=parity),
     "even_pairs": FinalAnswer(num_tokens=2, num_classes=2, answer=even_pairs),
@@ -238,6 +255,9 @@ TASKS: dict[str, Task] = {
     "a5": GroupWords(alternating_group(5)),
     "s5": GroupWords(symmetric_group(5)),
     "flip_flop": FlipFlop(num_tokens=5, num_classes=2, train_lengths=(4, 128), test_lengths=(128, 512), beyond=()),
+    "recall": Recall(
+        num_tokens=7, num_classes=4, silence=4, train_lengths=(10_000, 10_000), test_lengths=(10_000,), beyond=()
+    ),
 }
 
 
@@ -314,6 +334,8 @@ MODELS: dict[str, Preset | None] = {
     "gpt": PRESETS["gpt"],
     "gpt_nope": Preset(NO_POSITIONS),
     **{name: PRESETS[name] for name in ("gateloop", "gateloop_signed", "gateloop_positive", "hybrid")},
+    **{name: PRESETS[name] for name in ("reversible", "reversible_forgetting", "rwkv")},
+    "reversible_patient": Preset({"layer_types": ["reversible"], "reversible_write_bias": -4.0}),
     "token_shift": replace(PRESETS["token_shift"], decoder=NO_POSITIONS),
     "stateful": Preset(NO_POSITIONS, {"feedback": "gated_add", "num_groups": 16}),
     "stateful_sequential": Preset(NO_POSITIONS, {"feedback": "gated_add", "training_solver": "sequential"}),
@@ -368,6 +390,9 @@ def build_model(name: str, task: Task, arguments: "StateTrackingArguments", seed
         num_hidden_layers=layers,
         num_attention_heads=arguments.num_attention_heads,
         max_position_embeddings=max(*task.train_lengths, *lengths_of(task, arguments)) + 1,
+        pad_token_id=task.silence,
+        # What the head learns would be in the embedding.
+        tie_word_embeddings=task.silence is None,
         **decoder,
     )
     set_seed(seed)
@@ -399,6 +424,14 @@ class StateTrackingArguments:
     warm_start_epochs: int = field(
         default=100, metadata={"help": "How often warm_start visits its sequences; the others never see one twice."}
     )
+    context: str = field(
+        default="blocks",
+        metadata={
+            "help": "How gradients get through a sequence: all at once (blocks), or in pieces of --chunk_size tokens, "
+            "through all of them (unbounded) or within each (truncated)."
+        },
+    )
+    chunk_size: int = 1000
     test_sequences: int = field(default=256, metadata={"help": "Sequences for each test length."})
     test_lengths: list[int] | None = field(default=None, metadata={"help": "Instead of those of the task."})
 
@@ -441,7 +474,12 @@ def train_and_test(
         else:
             run.train_sampling_strategy = "sequential"
             fresh = FreshSequences(task, size, seed, arguments.curriculum)
-            trainer = SteppingTrainer(model, run, collate, fresh)
+            if arguments.context == "blocks":
+                trainer = SteppingTrainer(model, run, collate, fresh)
+            else:
+                trainer = DocumentTrainer(
+                    model, run, collate, fresh, context=arguments.context, chunk_size=arguments.chunk_size
+                )
         trainer.train()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
     results = {length: test(model, task, length, arguments.test_sequences) for length in lengths_of(task, arguments)}

@@ -142,9 +142,8 @@ class Batch:
             raise ValueError(f"chunk_size is {self.chunk_size}; it must be at least 1.")
         if self.input_ids.numel() == 0:
             raise ValueError("The documents have no tokens.")
-        self.targets = torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=-100)
         if self.num_items_in_batch is None:
-            self.num_items_in_batch = (self.targets != -100).sum().clamp(min=1)
+            self.num_items_in_batch = (self.labels[:, 1:] != -100).sum().clamp(min=1)
         self.seed = int(torch.randint(2**62, ()))
         self.starts = range(0, self.input_ids.shape[1], self.chunk_size)
 
@@ -165,7 +164,8 @@ class Batch:
                 layer.seen = 0  # The mask is of this piece only.
         cache = DynamicCache()
         cache.layers = layers
-        ids = self.input_ids[:, piece]
+        ids, targets = self.input_ids[:, piece], self.labels[:, start + 1 : piece.stop + 1]
+        targets = torch.nn.functional.pad(targets, (0, ids.shape[1] - targets.shape[1]), value=-100)
         solver = {"solver": "sequential"} if has_feedback(self.model) else {}
         with same_dropout(self.seed + start):
             loss = self.model(
@@ -173,7 +173,7 @@ class Batch:
                 attention_mask=None if self.attention_mask is None else self.attention_mask[:, piece],
                 position_ids=torch.arange(start, start + ids.shape[1], device=ids.device)[None],
                 labels=self.labels[:, piece],
-                shift_labels=self.targets[:, piece].contiguous(),
+                shift_labels=targets.contiguous(),
                 num_items_in_batch=self.num_items_in_batch,
                 past_key_values=cache,
                 use_cache=True,
