@@ -23,9 +23,6 @@ class GateLoopConfig(PreTrainedConfig):
         gateloop_output_norm: a LayerNorm over what the GateLoop layers read from their state.
         reversible_form: how the reversible layers change their state: `"additive"` or `"forgetting"`, a key of `FORMS`
             in `reversible.py`.
-        reversible_write_bias: the bias with which the reversible layers' write gates `σ(p)` start. Where it is
-            negative, a state changes little until the model has learned what to write: for dependencies over thousands
-            of tokens.
         num_key_value_heads: fewer than `num_attention_heads` for grouped-query attention.
         position_embedding_type: `"rope"`, or `"none"`: no positions but those that the causal mask implies.
         mlp_type: `"gelu"` or `"swiglu"`, a key of `MLPS` in `modeling_gateloop.py`; `mlp_bias`: whether it has biases.
@@ -47,7 +44,6 @@ class GateLoopConfig(PreTrainedConfig):
     state_transition: str = "complex"
     gateloop_output_norm: bool = True
     reversible_form: str = "additive"
-    reversible_write_bias: float = 0.0
     position_embedding_type: str = "rope"
     rope_parameters: RopeParameters | dict | None = None
     mlp_type: str = "gelu"

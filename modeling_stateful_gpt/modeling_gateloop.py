@@ -393,9 +393,7 @@ class ReversibleMixer(FixedPointMixer):
     def __init__(self, config: GateLoopConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.cell = ReversibleCell(
-            config.hidden_size, config.hidden_size // 2, config.reversible_form, config.reversible_write_bias
-        )
+        self.cell = ReversibleCell(config.hidden_size, config.hidden_size // 2, config.reversible_form)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.o_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)

@@ -469,17 +469,16 @@ class ReversibleCell(nn.Module):
         input_size: D, the width of an input.
         state_size: S, the width of each half of the state.
         form: `"additive"` or `"forgetting"`; see `FORMS`.
-        write_bias: the bias of p to start with.
     """
 
     LONGEST_HORIZON = 32
     """The gates of the forgetting form start out with horizons that are spread between 1 and this; see `Magnitude`."""
 
-    def __init__(self, input_size: int, state_size: int, form: str = "additive", write_bias: float = 0.0):
+    def __init__(self, input_size: int, state_size: int, form: str = "additive"):
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"form {form!r} does not exist; choose from {sorted(FORMS)}.")
-        self.form, self.state_size, self.write_bias = FORMS[form], state_size, write_bias
+        self.form, self.state_size = FORMS[form], state_size
         self.x_proj = FullPrecisionLinear(input_size, 2 * self.form.parts * state_size)
         # No nn.Linear: adapters (peft) replace those, and this one is not called as a module.
         self.state_weight = nn.Parameter(torch.empty(2, self.form.parts * state_size, state_size))
@@ -489,7 +488,6 @@ class ReversibleCell(nn.Module):
     def reset_parameters(self, std: float | None = None) -> None:
         init.normal_(self.state_weight, std=self.state_size**-0.5 if std is None else std)
         bias = torch.zeros(2, self.form.parts, self.state_size, dtype=torch.float64)
-        bias[:, 1] = self.write_bias
         if self.form is Forgetting:
             places = (torch.arange(self.state_size, dtype=torch.float64) + 0.5) / self.state_size
             bias[:, 2] = -torch.expm1(self.LONGEST_HORIZON**-places).log()

@@ -231,18 +231,19 @@ class FlipFlop(Task):
         return tokens, targets
 
 
+@dataclass(kw_only=True)
 class Recall(Task):
-    """Among symbols at the beginning, one comes after a mark; the last token, after a long silence, asks for it (the
-    copying problem of Hochreiter and Schmidhuber 1997, and Arjovsky et al. 2016, arXiv 1511.06464, with a choice)."""
+    """The first token, asked for by the last after a long silence with some `noise` (the copying problem of Hochreiter
+    and Schmidhuber 1997, and Arjovsky et al. 2016, arXiv 1511.06464, with a single symbol)."""
 
-    SYMBOLS = 6
+    noise: float
+    """Its share of the tokens between."""
 
     def draw(self, random, length):
-        symbols = random.integers(self.num_classes, size=self.SYMBOLS).tolist()
-        marked, mark = int(random.integers(self.SYMBOLS)), self.silence + 1
-        silence = [self.silence] * (length - self.SYMBOLS - 2)
-        tokens = [*symbols[:marked], mark, *symbols[marked:], *silence, self.silence + 2]
-        return tokens, at_the_end(length, symbols[marked])
+        first = int(random.integers(self.num_classes))
+        between = random.integers(self.silence + 1, self.num_tokens - 1, size=length - 2)
+        between[random.random(length - 2) >= self.noise] = self.silence
+        return [first, *between.tolist(), self.num_tokens - 1], at_the_end(length, first)
 
 
 TASKS: dict[str, Task] = {
@@ -256,7 +257,13 @@ TASKS: dict[str, Task] = {
     "s5": GroupWords(symmetric_group(5)),
     "flip_flop": FlipFlop(num_tokens=5, num_classes=2, train_lengths=(4, 128), test_lengths=(128, 512), beyond=()),
     "recall": Recall(
-        num_tokens=7, num_classes=4, silence=4, train_lengths=(10_000, 10_000), test_lengths=(10_000,), beyond=()
+        num_tokens=12,
+        num_classes=8,
+        silence=8,
+        noise=0.01,
+        train_lengths=(10_000, 10_000),
+        test_lengths=(10_000,),
+        beyond=(),
     ),
 }
 
@@ -335,7 +342,6 @@ MODELS: dict[str, Preset | None] = {
     "gpt_nope": Preset(NO_POSITIONS),
     **{name: PRESETS[name] for name in ("gateloop", "gateloop_signed", "gateloop_positive", "hybrid")},
     **{name: PRESETS[name] for name in ("reversible", "reversible_forgetting", "rwkv")},
-    "reversible_patient": Preset({"layer_types": ["reversible"], "reversible_write_bias": -4.0}),
     "token_shift": replace(PRESETS["token_shift"], decoder=NO_POSITIONS),
     "stateful": Preset(NO_POSITIONS, {"feedback": "gated_add", "num_groups": 16}),
     "stateful_sequential": Preset(NO_POSITIONS, {"feedback": "gated_add", "training_solver": "sequential"}),
