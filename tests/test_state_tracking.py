@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -149,7 +150,8 @@ def test_training_sequences_are_new_and_become_longer():
     data = FreshSequences(TASKS["s5"], 1000, seed=0, curriculum=0.5)
     sizes = [len(data[i]["input_ids"]) - 1 for i in range(len(data))]
     assert max(sizes[:50]) < 20 and min(sizes) == 3 and max(sizes) == 80
-    assert np.mean(sizes[500:]) == pytest.approx((3 + 80) / 2, rel=0.1)
+    # Half as far from the shortest as the mean bound is.
+    assert np.mean(sizes[500:]) == pytest.approx(3 + (80 - 3) / 4, rel=0.1)
     assert len({tuple(data[i]["input_ids"]) for i in range(500, 1000)}) > 480
     assert data[700] == data[700] != FreshSequences(TASKS["s5"], 1000, seed=1, curriculum=0.5)[700]
 
@@ -209,10 +211,39 @@ def test_every_model_is_trained_and_tested_once(command, tmp_path, capsys):
     assert command("--models", "lstm", "--seeds", "0", "2")[:-1] == records
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", sorted(set(TASKS) - {"recall"}))
 def test_every_task_can_be_trained_on(task, command):
     (record,) = command("--tasks", task, "--models", "stateful")
     assert all(result["answers"] >= 8 for result in record["results"].values())
+
+
+@pytest.fixture
+def short_recall(monkeypatch):
+    monkeypatch.setitem(TASKS, "recall", replace(TASKS["recall"], train_lengths=(30, 30), noise=0.1))
+
+
+def test_recall_asks_for_the_first_token_after_silence_and_noise():
+    tokens, targets = draw("recall", 500, 0)
+    task = TASKS["recall"]
+    assert targets == [-100] * 499 + [tokens[0]] and tokens[0] < task.num_classes
+    assert tokens[-1] == task.num_tokens - 1 and set(tokens[1:-1]) <= set(range(task.silence, task.num_tokens - 1))
+    assert 480 < tokens.count(task.silence) < 498
+
+
+def test_what_is_beyond_a_piece_is_learned_over_unbounded_context(short_recall, command):
+    more = ["--tasks=recall", "--models=reversible", "--chunk_size=10", "--max_steps=60", "--test_lengths", "30"]
+    more += ["--hidden_size=32", "--test_sequences=64", "--warmup_steps=10"]
+    (learned,) = command(*more, "--context=unbounded")
+    assert learned["results"]["30"]["scaled"] > 0.8
+    with pytest.raises(RunError, match="context: 'unbounded' then"):
+        command(*more, "--context=truncated")
+
+
+def test_a_model_that_looks_back_is_refused_unbounded_context(short_recall, command):
+    with pytest.raises(RunError, match=r"layers 0 \(full_attention\)"):
+        command("--tasks=recall", "--models=gpt", "--context=unbounded")
+    with pytest.raises(RunError, match="choose from blocks, unbounded, truncated"):
+        command("--tasks=recall", "--models=reversible", "--context=endless")
 
 
 def test_what_is_short_is_learned(command):
