@@ -149,7 +149,7 @@ def test_the_loss_compares_what_is_said_at_a_token_with_what_is_asked_there(name
 def test_training_sequences_are_new_and_become_longer():
     data = FreshSequences(TASKS["s5"], 1000, seed=0, curriculum=0.5)
     sizes = [len(data[i]["input_ids"]) - 1 for i in range(len(data))]
-    assert max(sizes[:50]) < 20 and min(sizes) == 3 and max(sizes) == 80
+    assert max(sizes[:50]) < 20 and min(sizes) == 3 and 75 < max(sizes) <= 80
     # Half as far from the shortest as the mean bound is.
     assert np.mean(sizes[500:]) == pytest.approx(3 + (80 - 3) / 4, rel=0.1)
     assert len({tuple(data[i]["input_ids"]) for i in range(500, 1000)}) > 480
