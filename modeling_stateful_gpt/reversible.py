@@ -393,8 +393,10 @@ class KeyValueMemory(nn.Module):
         wkv = (num + b e^k v) / (den + b e^k) = (num' + (z b - 1) e^k v) / (den' + (z b - 1) e^k)
 
     In fixed point, e^k has a largest and a smallest value: keys are limited to ±`LARGEST_KEY`, and z to
-    1 - 2^-`GATE_BITS`. As what comes out of the buffers (`multiply`) adds up to 2^(`GATE_BITS` - `FRACTION_BITS`),
-    about 1e-6, to a state, it is e^k times `SCALE` that is added up: the quotient is the same.
+    1 - 2^-`GATE_BITS`. As what has just been written is taken away again in the reading, digits are lost where z b is
+    small: z is at least 1/16, b at least e^-3. Beyond these limits there is no gradient. As what comes out of the
+    buffers (`multiply`) adds up to 2^(`GATE_BITS` - `FRACTION_BITS`), about 1e-6, to a state, it is e^k times `SCALE`
+    that is added up: the quotient is the same.
 
     Args:
         size: S, the number of channels.
@@ -411,8 +413,7 @@ class KeyValueMemory(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        # Horizons from 150 steps, as in RWKV, to a third of one. Still shorter ones cost digits: what has just been
-        # written is taken away again in the reading, and z times it is left.
+        # Horizons from 150 steps, as in RWKV, to a third of one.
         init.copy_(self.time_decay, torch.linspace(-5, 1, len(self.time_decay)))
         init.constant_(self.time_first, math.log(0.3))
 
@@ -437,7 +438,7 @@ class KeyValueMemory(nn.Module):
             k, v = x.to(dtype).chunk(2, -1)
             e = self.SCALE * k.clamp(-self.LARGEST_KEY, self.LARGEST_KEY).exp()
             u = torch.stack([e * v, e], 2)
-            z = torch.exp(-torch.exp(self.time_decay.to(dtype))).clamp(max=1 - 2.0**-GATE_BITS)
+            z = torch.exp(-torch.exp(self.time_decay.to(dtype))).clamp(1 / 16, 1 - 2.0**-GATE_BITS)
             z = z + (gate(z).to(dtype) * 2.0**-GATE_BITS - z).detach()
             if state is None:
                 state = self.initial_state(len(x))
@@ -455,7 +456,7 @@ class KeyValueMemory(nn.Module):
                 words,
                 backwards,
             )
-            num, den = (states.transpose(0, 1) + (z * self.time_first.to(dtype).exp() - 1) * u).unbind(2)
+            num, den = (states.transpose(0, 1) + (z * self.time_first.to(dtype).clamp(min=-3).exp() - 1) * u).unbind(2)
             if real is not None:
                 den = den.masked_fill(~real[..., None], 1)  # Nothing may have been written yet.
         return num / den, other, carrier

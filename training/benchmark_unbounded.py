@@ -183,8 +183,8 @@ def floating_drift(cell: ReversibleCell, dtype: torch.dtype, steps: int) -> tupl
     x_proj, weight = cell.x_proj.weight.to(dtype), cell.state_weight.to(dtype)
 
     def update(other: torch.Tensor, a: torch.Tensor, half: int) -> torch.Tensor:
-        p, q = (a + weight[half] @ soften(other)).chunk(2)
-        return p.sigmoid() * q.tanh()
+        q, p = (a + weight[half] @ soften(other)).chunk(2)
+        return q.tanh() * p.sigmoid()
 
     lengths = [10**n for n in range(1, int(math.log10(steps)) + 1)]
     errors = []

@@ -26,7 +26,8 @@ by_a_loop = modeling_rwkv.rwkv_linear_attention
 
 
 def by_a_scan(time_decay, time_first, key, value, state=None, return_state=False):
-    """What `by_a_loop` computes, `[B, T, D]`, without a state before or after."""
+    """What `by_a_loop` computes, `[B, T, D]`, without a state before or after, for keys that differ by less than 80:
+    the largest of all is taken from each, where the loop has a running maximum."""
     if state is not None or return_state:
         return by_a_loop(time_decay, time_first, key, value, state, return_state)
     key = key.float()

@@ -343,7 +343,7 @@ MODELS: dict[str, Preset | None] = {
     "gpt": PRESETS["gpt"],
     "gpt_nope": Preset(NO_POSITIONS),
     **{name: PRESETS[name] for name in ("gateloop", "gateloop_signed", "gateloop_positive", "hybrid")},
-    **{name: PRESETS[name] for name in ("reversible", "reversible_forgetting", "rwkv")},
+    **{name: PRESETS[name] for name in ("reversible", "reversible_forgetting")},
     "token_shift": replace(PRESETS["token_shift"], decoder=NO_POSITIONS),
     "stateful": Preset(NO_POSITIONS, {"feedback": "gated_add", "num_groups": 16}),
     "stateful_sequential": Preset(NO_POSITIONS, {"feedback": "gated_add", "training_solver": "sequential"}),
@@ -552,7 +552,7 @@ def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) 
         for name in names:
             if name not in table:
                 raise RunError(f"There is no {kind} {name!r}; choose from {', '.join(table)}.")
-    for name in arguments.models:
+    for name in arguments.models if arguments.context != "blocks" else []:
         with torch.device("meta"):
             model = build_model(name, TASKS[arguments.tasks[0]], arguments, seed=0)
         preset = MODELS[name]

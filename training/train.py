@@ -164,12 +164,6 @@ class DataArguments:
         },
     )
     chunk_size: int = field(default=1024, metadata={"help": "Tokens of a document whose activations are kept at once."})
-    progress_seconds: float = field(
-        default=300,
-        metadata={
-            "help": "How often to keep how far a document has been read, for a run that is killed in the middle."
-        },
-    )
 
 
 ENDLESS = 10**9
@@ -205,6 +199,12 @@ class TrainArguments(TrainingArguments):
             "checkpoint is saved; the result is the best one. The learning rate stays constant after the warm-up, "
             "because one that falls until a fixed step would itself decide when the loss stops improving. --max_steps "
             "and --num_train_epochs are an upper bound."
+        },
+    )
+    progress_seconds: float = field(
+        default=300,
+        metadata={
+            "help": "How often to keep how far a document has been read, for a run that is killed in the middle."
         },
     )
     per_device_train_batch_size: int = 16
@@ -809,7 +809,7 @@ def make_document_trainer(data_arguments: DataArguments, data: TrainingData, **a
         train_dataset=documents,
         context=data_arguments.context,
         chunk_size=data_arguments.chunk_size,
-        progress_seconds=data_arguments.progress_seconds,
+        progress_seconds=training_arguments.progress_seconds,
         **{**arguments, "data_collator": pad},
     )
 

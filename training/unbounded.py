@@ -20,6 +20,7 @@ gave at the one before, which would have to be known already.
 
 import contextlib
 import copy
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from modeling_stateful_gpt.cache import (
     RECURRENT_LAYERS,
@@ -71,6 +72,9 @@ class Boundaries:
 
     def push(self, layers: list) -> None:
         layers = [copy.copy(layer) for layer in layers]
+        for layer in layers:
+            # The state after a piece may be a view of those after all of its tokens.
+            vars(layer).update({name: z.clone() for name, z in vars(layer).items() if isinstance(z, torch.Tensor)})
         if self.folder is not None:
             path = self.folder / f"{len(self.kept)}.pt"
             torch.save(layers, path)
@@ -182,9 +186,11 @@ class Batch:
         layers[:] = cache.layers
         return loss
 
-    def pieces(self, starts: range, what: str) -> Iterator[int]:
-        """The `starts`, with a bar where there are many."""
-        return iter(tqdm(starts, desc=what, unit="piece", leave=False, disable=len(starts) < 100))
+
+def pieces(starts: range, done: int, what: str) -> Iterator[int]:
+    """The `starts` after those that are `done`, with a bar where there are many."""
+    bar = {"initial": done, "total": len(starts), "disable": len(starts) < 100}
+    return iter(tqdm(starts[done:], desc=what, unit="piece", leave=False, **bar))
 
 
 def open_to_gradients(layer, dtype: torch.dtype) -> torch.Tensor | None:
@@ -218,51 +224,57 @@ class Reading:
     """Pieces."""
 
 
-@dataclass
 class Progress:
     """Keeps a `Reading` in a file, so that a killed run can go on in the middle of a document.
 
+    A file is named after all that the gradients depend on: as a run is resumed from a checkpoint, it comes again to the
+    same documents with the same weights and the same dropout, and what is not the same is not taken up.
+
     Args:
-        path: of the file, deleted when the documents have been read; None to keep nothing.
+        folder: where; None to keep nothing.
         seconds: between two writes.
     """
 
-    path: Path | None = None
-    seconds: float = 300
+    def __init__(self, folder: Path | None = None, seconds: float = 300):
+        self.folder, self.seconds, self.written = folder, seconds, time.monotonic()
 
-    def __post_init__(self) -> None:
-        self.written = time.monotonic()
-
-    @staticmethod
-    def key(batch: Batch) -> list:
-        """By which a reading is known: as a run is resumed from a checkpoint, it comes again to the same documents with
-        the same weights and the same dropout."""
-        weights = [torch.hash_tensor(p.detach()).item() for p in batch.model.parameters()]
-        return [batch.seed, batch.chunk_size, torch.hash_tensor(batch.input_ids).item(), weights]
-
-    def begin(self, batch: Batch, reading: Reading) -> Reading:
-        """The reading in the file, if it is of this batch, with the gradients so far; otherwise the given one."""
-        if self.path is None or not self.path.exists():
+    def begin(self, batch: Batch, context: str, reading: Reading) -> Reading:
+        """The reading in the file, if there is one, with the gradients so far; otherwise the given one."""
+        if self.folder is None:
+            return reading
+        digest = hashlib.sha256(repr((context, batch.seed, batch.chunk_size, batch.num_items_in_batch)).encode())
+        mask = [] if batch.attention_mask is None else [batch.attention_mask]
+        for tensor in (batch.input_ids, batch.labels, *mask, *batch.model.parameters()):
+            digest.update(repr(tensor.shape).encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self.path = self.folder / f"document-{digest.hexdigest()[:16]}.pt"
+        if not self.path.exists():
             return reading
         saved = torch.load(self.path, weights_only=False)
-        if saved["key"] != self.key(batch):
-            return reading
         for parameter, gradient in zip(batch.model.parameters(), saved["gradients"], strict=True):
             parameter.grad = gradient
         return saved["reading"]
 
     def save(self, batch: Batch, reading: Reading) -> None:
-        if self.path is None or time.monotonic() - self.written < self.seconds:
+        if self.folder is None or time.monotonic() - self.written < self.seconds:
             return
-        gradients = [p.grad for p in batch.model.parameters()]
-        partial_path = self.path.with_suffix(".partial")
-        torch.save({"key": self.key(batch), "reading": reading, "gradients": gradients}, partial_path)
-        os.replace(partial_path, self.path)
+        unfinished = self.path.with_suffix(".unfinished")
+        torch.save({"reading": reading, "gradients": [p.grad for p in batch.model.parameters()]}, unfinished)
+        os.replace(unfinished, self.path)
         self.written = time.monotonic()
 
     def end(self) -> None:
-        if self.path is not None:
+        if self.folder is not None:
             self.path.unlink(missing_ok=True)
+
+
+class DeleteProgress(TrainerCallback):
+    """When a run is over, of the documents that were being read when it was killed once."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            for path in Path(args.output_dir).glob("document-*"):
+                path.unlink(missing_ok=True)
 
 
 def backward_through_time(
@@ -294,7 +306,7 @@ def backward_through_time(
     """
     batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
     progress, dtype = progress or Progress(), torch.promote_types(model.dtype, torch.float32)
-    if offload and progress.path is not None:
+    if offload and progress.folder is not None:
         raise ValueError("States that are offloaded do not outlive the process: leave out offload or progress.")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory())) if offload else None
@@ -302,27 +314,28 @@ def backward_through_time(
         for layer in rewindable(layers):
             layer.words = Words()
         total = torch.zeros((), device=input_ids.device)
-        reading = progress.begin(batch, Reading(layers, Boundaries(folder), [None] * len(layers), total))
+        reading = progress.begin(batch, "unbounded", Reading(layers, Boundaries(folder), [None] * len(layers), total))
         with torch.no_grad():
-            for start in batch.pieces(batch.starts[reading.forwards :], "forwards"):
+            for start in pieces(batch.starts, reading.forwards, "forwards"):
                 reading.boundaries.push([z for z in reading.layers if not isinstance(z, RewindableLayer)])
                 reading.total += batch.read(start, reading.layers)
                 reading.forwards += 1
                 progress.save(batch, reading)
         for layer in rewindable(reading.layers):
             layer.backwards = True
-        for start in batch.pieces(batch.starts[::-1][reading.backwards :], "backwards"):
+        for start in pieces(batch.starts[::-1], reading.backwards, "backwards"):
             stored = iter(reading.boundaries.pop())
             layers = [z if isinstance(z, RewindableLayer) else next(stored) for z in reading.layers]
             before = [open_to_gradients(layer, dtype) for layer in layers]
             loss = batch.read(start, layers)
             after = [getattr(layer, carrier_of(layer)) for layer in layers]
-            known = [(z, g) for z, g in zip(after, reading.gradients, strict=True) if g is not None]
+            pairs = zip(after, reading.gradients, strict=True)
+            known = [(z, g) for z, g in pairs if g is not None and z is not None and z.requires_grad]
             torch.autograd.backward([loss, *(z for z, _ in known)], [None, *(g for _, g in known)])
             reading.gradients = [None if z is None else z.grad for z in before]
             for layer in rewindable(layers):
                 layer.carrier = None
-            reading.layers = layers
+            reading.layers = [z if isinstance(z, RewindableLayer) else None for z in layers]
             reading.backwards += 1
             progress.save(batch, reading)
     progress.end()
@@ -352,8 +365,8 @@ def truncated_backward(
     """States go on from piece to piece, gradients do not: what people do today. Arguments: `backward_through_time`."""
     batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
     progress, total = progress or Progress(), torch.zeros((), device=input_ids.device)
-    reading = progress.begin(batch, Reading(batch.layers(), Boundaries(None), [], total))
-    for start in batch.pieces(batch.starts[reading.forwards :], "truncated"):
+    reading = progress.begin(batch, "truncated", Reading(batch.layers(), Boundaries(None), [], total))
+    for start in pieces(batch.starts, reading.forwards, "truncated"):
         loss = batch.read(start, reading.layers)
         loss.backward()
         reading.total += loss.detach()
@@ -431,6 +444,7 @@ class WholeDocuments:
         super().__init__(*args, **kwargs)
         self.context, self.chunk_size, self.progress_seconds = context, chunk_size, progress_seconds
         check_recurrent(self.model)  # type: ignore[attr-defined]
+        self.add_callback(DeleteProgress())  # type: ignore[attr-defined]
         arguments = self.args  # type: ignore[attr-defined]
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
         if sharded or arguments.fp16 or arguments.n_gpu > 1:
@@ -451,13 +465,13 @@ class WholeDocuments:
         inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
         accelerator = self.accelerator  # type: ignore[attr-defined]
         whole = accelerator.unwrap_model(model)
-        file = Path(self.args.output_dir, f"document-{accelerator.process_index}.pt")  # type: ignore[attr-defined]
+        folder = Path(self.args.output_dir)  # type: ignore[attr-defined]
         with self.compute_loss_context_manager():  # type: ignore[attr-defined]
             loss = CONTEXTS[self.context](
                 whole,
                 chunk_size=self.chunk_size,
                 num_items_in_batch=num_items_in_batch,
-                progress=Progress(file, self.progress_seconds),
+                progress=Progress(folder, self.progress_seconds),
                 **inputs,
             )
         if accelerator.num_processes > 1 and accelerator.sync_gradients:
