@@ -205,6 +205,11 @@ def soften_backward(s: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return r * gradient - s * (r**3 * (s * gradient).mean(-1, keepdim=True))
 
 
+def check_direction(backwards: bool, starts: torch.Tensor | None) -> None:
+    if backwards and starts is not None:
+        raise ValueError("A state cannot be run backwards over the start of a sequence, which has emptied it.")
+
+
 @torch.no_grad()
 def run(
     form: type[Additive] | type[Forgetting],
@@ -230,8 +235,7 @@ def run(
         The states after each step in floating point, `[T, B, 2, S]`, and the final state or, `backwards`, the one
         before the first step, bit for bit.
     """
-    if backwards and starts is not None:
-        raise ValueError("A state cannot be run backwards over the start of a sequence, which has emptied it.")
+    check_direction(backwards, starts)
     first, second = (half.unbind(1) for half in state.unbind(1))
     empty = form.initial((weight.shape[-1],), x.device).unbind()
     dtype = x.dtype
@@ -333,8 +337,7 @@ def accumulate(
     Returns:
         As `run`.
     """
-    if backwards and starts is not None:
-        raise ValueError("A state cannot be run backwards over the start of a sequence, which has emptied it.")
+    check_direction(backwards, starts)
     values, buffer = state.unbind(2)
     states, increments = torch.empty_like(u), fixed_point(u)
     if real is not None:

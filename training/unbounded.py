@@ -25,7 +25,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -238,17 +238,20 @@ class Progress:
     def __init__(self, folder: Path | None = None, seconds: float = 300):
         self.folder, self.seconds, self.written = folder, seconds, time.monotonic()
 
-    def begin(self, batch: Batch, context: str, reading: Reading) -> Reading:
-        """The reading in the file, if there is one, with the gradients so far; otherwise the given one."""
-        if self.folder is None:
-            return reading
-        digest = hashlib.sha256(repr((context, batch.seed, batch.chunk_size, batch.num_items_in_batch)).encode())
-        mask = [] if batch.attention_mask is None else [batch.attention_mask]
-        for tensor in (batch.input_ids, batch.labels, *mask, *batch.model.parameters()):
+    @cached_property
+    def path(self) -> Path:
+        batch, mask = self.batch, self.batch.attention_mask
+        digest = hashlib.sha256(repr((self.context, batch.seed, batch.chunk_size, batch.num_items_in_batch)).encode())
+        for tensor in (batch.input_ids, batch.labels, *([] if mask is None else [mask]), *batch.model.parameters()):
             digest.update(repr(tensor.shape).encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        self.path = self.folder / f"document-{digest.hexdigest()[:16]}.pt"
-        if not self.path.exists():
+        return self.folder / f"document-{digest.hexdigest()[:16]}.pt"
+
+    def begin(self, batch: Batch, context: str, reading: Reading) -> Reading:
+        """The reading in the file, if there is one, with the gradients so far; otherwise the given one."""
+        self.batch, self.context = batch, context
+        # To take the digest of all weights takes time, which most steps need not spend.
+        if self.folder is None or not any(self.folder.glob("document-*.pt")) or not self.path.exists():
             return reading
         saved = torch.load(self.path, weights_only=False)
         for parameter, gradient in zip(batch.model.parameters(), saved["gradients"], strict=True):
@@ -264,7 +267,7 @@ class Progress:
         self.written = time.monotonic()
 
     def end(self) -> None:
-        if self.folder is not None:
+        if "path" in vars(self):
             self.path.unlink(missing_ok=True)
 
 
