@@ -16,7 +16,10 @@ A state is one tensor `[B, 2, R, S]`: two halves, S wide, of R rows (see `FORMS`
 """
 
 import math
+from array import array
+from functools import reduce
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -30,104 +33,131 @@ FRACTION_BITS = 30
 GATE_BITS = 10
 """Radix of the gates by which a state is multiplied: the longest horizon but "for ever" is 1,024 steps."""
 
+# Tensors, as an operation with a number takes twice as long; on the CPU, on whatever device this file is imported.
+ONE, FRACTION_SCALE, GATE_SCALE = torch.tensor([1.0, 2.0**FRACTION_BITS, 2.0**GATE_BITS], device="cpu")
+RESOLUTION = {
+    dtype: torch.tensor(2.0**-FRACTION_BITS, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)
+}
+
 WORD_BITS = 32
-LOWEST = 1 << 20
-"""The buffer of lost bits lies between this and 2^`WORD_BITS` times this; so it is a rANS coder (Duda 2013, arXiv
-1311.2540) of that range, and `LOWEST << (WORD_BITS + GATE_BITS)` fits into an int64."""
+FULL = 1 << 53
+"""What has been lost is written into a buffer as the digits of a number (the coder rANS of Duda 2013, arXiv 1311.2540).
+From here on, the next digits might not fit into an int64."""
 
 
 class Words:
-    """A stack of the words of `WORD_BITS` bits that have left the buffers of forgetting states."""
+    """A stack of what has left the buffers of forgetting states, in words of `WORD_BITS` bits."""
 
     def __init__(self) -> None:
-        self.words = torch.empty(1024, dtype=torch.int32)
-        self.number = 0
+        self.bytes = bytearray()
+        self.steps = 0
+        self.moves = array("q")
+        """The steps after which words have left."""
 
-    def push(self, words: torch.Tensor) -> None:
-        end = self.number + len(words)
-        if end > len(self.words):
-            self.words = torch.cat([self.words, torch.empty(max(end, len(self.words)), dtype=torch.int32)])
-        self.words[self.number : end] = words
-        self.number = end
+    def __len__(self) -> int:
+        return len(self.bytes)
 
-    def pop(self, number: int) -> torch.Tensor:
-        self.number -= number
-        return self.words[self.number : self.number + number].to(torch.int64) & ((1 << WORD_BITS) - 1)
+    def push(self, buffers: torch.Tensor, leaving: torch.Tensor) -> None:
+        self.bytes += buffers[leaving].to("cpu", torch.int32).numpy().tobytes()
+        self.bytes += np.packbits(leaving.cpu().numpy()).tobytes()
+        self.moves.append(self.steps)
+
+    def take(self, number: int) -> np.ndarray:
+        taken = np.frombuffer(self.bytes[len(self.bytes) - number :], np.uint8)
+        del self.bytes[len(self.bytes) - number :]
+        return taken
+
+    def pop(self, buffers: torch.Tensor) -> torch.Tensor:
+        """What `push` was given, from what it has left behind."""
+        self.moves.pop()
+        bits = np.unpackbits(self.take(-(-buffers.numel() // 8)), count=buffers.numel())
+        left = torch.from_numpy(bits).bool().view(buffers.shape).to(buffers.device)
+        words = torch.from_numpy(self.take(4 * int(bits.sum())).view(np.uint32).astype(np.int64))
+        buffers[left] = (buffers[left] << WORD_BITS) + words.to(buffers.device)
+        return buffers
+
+
+def relieve(buffers: tuple[torch.Tensor, ...], words: Words | None) -> tuple[torch.Tensor, ...]:
+    """Buffers `[B, S]` after a step. Where one of a row is full, a word leaves every one of that row that has more: to
+    move many at once is rare, and to move one takes as long as several steps. They are pushed onto `words`, if there are
+    any."""
+    if words is not None:
+        words.steps += 1
+    together = reduce(torch.bitwise_or, buffers)
+    if not torch.compiler.is_compiling() and together.max().item() < FULL:
+        return buffers
+    rows = (together >= FULL).any(-1, keepdim=True)
+    leaving = tuple(rows & (buffer >> WORD_BITS > 0) for buffer in buffers)
+    if words is not None:
+        words.push(torch.cat(buffers), torch.cat(leaving))
+    return tuple(torch.where(out, buffer >> WORD_BITS, buffer) for out, buffer in zip(leaving, buffers, strict=True))
+
+
+def restore(buffers: tuple[torch.Tensor, ...], words: Words) -> tuple[torch.Tensor, ...]:
+    """Undoes `relieve`."""
+    if words.moves and words.moves[-1] == words.steps:
+        buffers = words.pop(torch.cat(buffers)).chunk(len(buffers))
+    words.steps -= 1
+    return buffers
 
 
 def fixed_point(x: torch.Tensor) -> torch.Tensor:
     """`x`, smaller than 2^33, as int64 multiples of 2^-`FRACTION_BITS`."""
-    return (x * 2.0**FRACTION_BITS).round_().to(torch.int64)
+    return torch.mul(x, FRACTION_SCALE).round_().long()
 
 
 def floating_point(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return values.to(dtype).mul_(2.0**-FRACTION_BITS)
+    return torch.mul(values, RESOLUTION[dtype])
 
 
 def gate(z: torch.Tensor) -> torch.Tensor:
     """`z`, from 0 to 1, as int64 multiples of 2^-`GATE_BITS`, at least one."""
-    return (z * 2.0**GATE_BITS).round_().clamp_(min=1).to(torch.int64)
+    return torch.mul(z, GATE_SCALE).round_().long().clamp_(min=1)
 
 
 Rows = tuple[torch.Tensor, ...]
 """What is known of each unit of (a half of) a state, `[B, S]` each: its values, and if it forgets, its buffers."""
 
 
-def multiply(values: torch.Tensor, buffer: torch.Tensor, z: torch.Tensor, words: Words | None) -> Rows:
+def multiply(values: torch.Tensor, buffer: torch.Tensor, z: torch.Tensor) -> Rows:
     """`z · values` for a gate `z` (see `gate`), and the buffers with the bits that are lost (MacKay et al. 2018,
     section 4).
 
     The lowest `GATE_BITS` bits of a value go into its buffer, the value is divided by 2^`GATE_BITS` and multiplied by
     z; and as the result is then a multiple of z, it can take log2(z) bits from the buffer. So a step loses
-    `GATE_BITS - log2 z` bits for each unit. Whole words of them leave the buffer for `words`, if there are any.
+    `GATE_BITS - log2 z` bits for each unit.
     """
-    lost = values & ((1 << GATE_BITS) - 1)
-    full = torch.add(lost, buffer, alpha=1 << GATE_BITS)
-    overflow = full >= z * (LOWEST << WORD_BITS)
-    if torch.compiler.is_compiling() or overflow.any():
-        if words is not None:
-            words.push(buffer[overflow].to(torch.int32))
-        full = torch.where(overflow, (buffer >> WORD_BITS << GATE_BITS) + lost, full)
+    full = torch.add(values & ((1 << GATE_BITS) - 1), buffer, alpha=1 << GATE_BITS)
     buffer = full.div(z, rounding_mode="trunc")
     rest = torch.addcmul(full, buffer, z, value=-1)
     return torch.addcmul(rest, values >> GATE_BITS, z), buffer
 
 
-def divide(values: torch.Tensor, buffer: torch.Tensor, z: torch.Tensor, words: Words | None) -> Rows:
+def divide(values: torch.Tensor, buffer: torch.Tensor, z: torch.Tensor) -> Rows:
     """Undoes `multiply`."""
-    if words is None:
-        raise ValueError("A forgetting state cannot be run backwards without the words that it has lost.")
     quotient = values.div(z, rounding_mode="floor")
     rest = torch.addcmul(values, quotient, z, value=-1)
     full = torch.addcmul(rest, buffer, z)
-    buffer = full >> GATE_BITS
-    overflowed = buffer < LOWEST
-    if overflowed.any():
-        buffer[overflowed] = (buffer[overflowed] << WORD_BITS) + words.pop(int(overflowed.sum())).to(buffer.device)
-    return torch.add(full & ((1 << GATE_BITS) - 1), quotient, alpha=1 << GATE_BITS), buffer
+    return torch.add(full & ((1 << GATE_BITS) - 1), quotient, alpha=1 << GATE_BITS), full >> GATE_BITS
 
 
 class Additive:
     """`s' = s + tanh(q) σ(p)`: nothing is ever forgotten, and nothing need be kept to undo it."""
 
-    parts = 2
-    """Pre-activations for each unit of the state."""
+    rows, parts = 1, 2
+    """Of a half of the state, and of its pre-activations."""
 
     @staticmethod
-    def initial(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """The empty state `[..., R, S]` for `shape` `[..., S]`."""
-        return torch.zeros(*shape[:-1], 1, shape[-1], dtype=torch.int64, device=device)
+    def write(half: Rows, a: torch.Tensor, real: torch.Tensor | None) -> Rows:
+        """A half after the pre-activations `a` `[B, parts · S]`; as it is where `real` `[B, 1]` is False."""
+        q, p = a.chunk(2, -1)
+        return (half[0] + increment(q, p.sigmoid(), real),)
 
     @staticmethod
-    def write(rows: Rows, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> Rows:
-        """A half after the pre-activations `a` `[B, parts · S]`; as it is where `real` `[B, 1]` is False. What it loses
-        is pushed onto `words`, if there are any."""
-        return (rows[0] + increment(a, real),)
-
-    @staticmethod
-    def undo(rows: Rows, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> Rows:
+    def undo(half: Rows, a: torch.Tensor, real: torch.Tensor | None) -> Rows:
         """The half before `write`."""
-        return (rows[0] - increment(a, real),)
+        q, p = a.chunk(2, -1)
+        return (half[0] - increment(q, p.sigmoid(), real),)
 
     @staticmethod
     def derivatives(
@@ -141,42 +171,37 @@ class Additive:
         return by_a if real is None else by_a.masked_fill(~real[..., None], 0), None
 
 
-def increment(a: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    q, p = a.chunk(2, -1)
-    u = fixed_point(q.tanh() * p.sigmoid())
+def increment(q: torch.Tensor, opening: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    u = fixed_point(q.tanh() * opening)
     return u if real is None else u.masked_fill(~real, 0)
 
 
 class Forgetting:
     """`s' = z s + tanh(q) σ(p)` with a gate `z = σ(r)` (see `multiply`).
 
-    R = 2 rows: the values, and the buffers.
+    Its rows are the values and the buffers.
     """
 
-    parts = 3
-
-    @staticmethod
-    def initial(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        state = torch.zeros(*shape[:-1], 2, shape[-1], dtype=torch.int64, device=device)
-        state[..., 1, :] = LOWEST
-        return state
+    rows, parts = 2, 3
 
     @staticmethod
     def gate_and_increment(a: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         size = a.shape[-1] // 3
-        z = gate(a[..., 2 * size :].sigmoid())
-        return z if real is None else z.masked_fill(~real, 1 << GATE_BITS), increment(a[..., : 2 * size], real)
+        q, rest = a.split([size, 2 * size], -1)
+        opening, z = rest.sigmoid().chunk(2, -1)
+        z = gate(z)
+        return z if real is None else z.masked_fill(~real, 1 << GATE_BITS), increment(q, opening, real)
 
     @classmethod
-    def write(cls, rows: Rows, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> Rows:
+    def write(cls, half: Rows, a: torch.Tensor, real: torch.Tensor | None) -> Rows:
         z, u = cls.gate_and_increment(a, real)
-        values, buffer = multiply(rows[0], rows[1], z, words)
+        values, buffer = multiply(half[0], half[1], z)
         return values.add_(u), buffer
 
     @classmethod
-    def undo(cls, rows: Rows, a: torch.Tensor, real: torch.Tensor | None, words: Words | None) -> Rows:
+    def undo(cls, half: Rows, a: torch.Tensor, real: torch.Tensor | None) -> Rows:
         z, u = cls.gate_and_increment(a, real)
-        return divide(rows[0] - u, rows[1], z, words)
+        return divide(half[0] - u, half[1], z)
 
     @staticmethod
     def derivatives(
@@ -197,7 +222,8 @@ FORMS: dict[str, type[Additive] | type[Forgetting]] = {"additive": Additive, "fo
 
 def soften(s: torch.Tensor) -> torch.Tensor:
     """`s / √(1 + mean s²)`: what `f1` and `f2` see of a half, `[..., S]`, so that a sum that grows does not drown x."""
-    return s * (1 + s.square().mean(-1, keepdim=True)).rsqrt()
+    size = torch.linalg.vector_norm(s, dim=-1, keepdim=True) * s.shape[-1] ** -0.5
+    return s / torch.hypot(size, ONE)
 
 
 def soften_backward(s: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -205,9 +231,15 @@ def soften_backward(s: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return r * gradient - s * (r**3 * (s * gradient).mean(-1, keepdim=True))
 
 
-def check_direction(backwards: bool, starts: torch.Tensor | None) -> None:
+def check_direction(backwards: bool, starts: torch.Tensor | None, words: Words | None, rows: int) -> None:
     if backwards and starts is not None:
         raise ValueError("A state cannot be run backwards over the start of a sequence, which has emptied it.")
+    if backwards and rows > 1 and words is None:
+        raise ValueError("A forgetting state cannot be run backwards without the words that it has lost.")
+
+
+def empty_where(new: torch.Tensor, half: Rows) -> Rows:
+    return tuple(row.masked_fill(new, 0) for row in half)
 
 
 @torch.no_grad()
@@ -235,9 +267,8 @@ def run(
         The states after each step in floating point, `[T, B, 2, S]`, and the final state or, `backwards`, the one
         before the first step, bit for bit.
     """
-    check_direction(backwards, starts)
+    check_direction(backwards, starts, words, form.rows)
     first, second = (half.unbind(1) for half in state.unbind(1))
-    empty = form.initial((weight.shape[-1],), x.device).unbind()
     dtype = x.dtype
     w1, w2 = weight.mT.unbind(0)
     x1, x2 = (half.unbind() for half in x.unbind(2))
@@ -246,24 +277,27 @@ def run(
     for t in reversed(range(len(x))) if backwards else range(len(x)):
         here = None if real is None else real[t]
         if backwards:
+            if form.rows > 1:
+                buffers = restore((first[1], second[1]), words)
+                first, second = (first[0], buffers[0]), (second[0], buffers[1])
             first_seen = floating_point(first[0], dtype)
             states[t, :, 0], states[t, :, 1] = first_seen, second_seen
-            second = form.undo(second, torch.addmm(x2[t], soften(first_seen), w2), here, words)
+            second = form.undo(second, torch.addmm(x2[t], soften(first_seen), w2), here)
             second_seen = floating_point(second[0], dtype)
-            first = form.undo(first, torch.addmm(x1[t], soften(second_seen), w1), here, words)
+            first = form.undo(first, torch.addmm(x1[t], soften(second_seen), w1), here)
             continue
         if starts is not None:
             new = starts[t][:, None]
-            first, second = (
-                tuple(row.where(~new, fresh) for row, fresh in zip(half, empty, strict=True))
-                for half in (first, second)
-            )
+            first, second = empty_where(new, first), empty_where(new, second)
             second_seen = floating_point(second[0], dtype)
-        first = form.write(first, torch.addmm(x1[t], soften(second_seen), w1), here, words)
+        first = form.write(first, torch.addmm(x1[t], soften(second_seen), w1), here)
         first_seen = floating_point(first[0], dtype)
-        second = form.write(second, torch.addmm(x2[t], soften(first_seen), w2), here, words)
+        second = form.write(second, torch.addmm(x2[t], soften(first_seen), w2), here)
         second_seen = floating_point(second[0], dtype)
         states[t, :, 0], states[t, :, 1] = first_seen, second_seen
+        if form.rows > 1:
+            buffers = relieve((first[1], second[1]), words)
+            first, second = (first[0], buffers[0]), (second[0], buffers[1])
     return states, torch.stack([torch.stack(first, 1), torch.stack(second, 1)], 1)
 
 
@@ -337,7 +371,7 @@ def accumulate(
     Returns:
         As `run`.
     """
-    check_direction(backwards, starts)
+    check_direction(backwards, starts, words, rows=2)
     values, buffer = state.unbind(2)
     states, increments = torch.empty_like(u), fixed_point(u)
     if real is not None:
@@ -345,13 +379,14 @@ def accumulate(
     for t in reversed(range(len(u))) if backwards else range(len(u)):
         gates = z if real is None else torch.where(real[t][..., None], z, 1 << GATE_BITS)
         if backwards:
+            buffer = restore((buffer.flatten(1),), words)[0].view_as(values)
             states[t] = floating_point(values, u.dtype)
-            values, buffer = divide(values - increments[t], buffer, gates, words)
+            values, buffer = divide(values - increments[t], buffer, gates)
             continue
         if starts is not None:
-            new = starts[t][:, None, None]
-            values, buffer = values.masked_fill(new, 0), buffer.masked_fill(new, LOWEST)
-        values, buffer = multiply(values, buffer, gates, words)
+            values, buffer = empty_where(starts[t][:, None, None], (values, buffer))
+        values, buffer = multiply(values, buffer, gates)
+        buffer = relieve((buffer.flatten(1),), words)[0].view_as(values)
         values += increments[t]
         states[t] = floating_point(values, u.dtype)
     return states, torch.stack([values, buffer], 2)
@@ -422,7 +457,8 @@ class KeyValueMemory(nn.Module):
 
     def initial_state(self, batch: int) -> torch.Tensor:
         """The empty state `[B, 2, 2, S]`: numerators and denominators."""
-        return Forgetting.initial((batch, 2, len(self.time_decay)), self.time_decay.device)
+        size, device = len(self.time_decay), self.time_decay.device
+        return torch.zeros(batch, 2, 2, size, dtype=torch.int64, device=device)
 
     def forward(
         self,
@@ -499,7 +535,8 @@ class ReversibleCell(nn.Module):
 
     def initial_state(self, batch: int) -> torch.Tensor:
         """The empty state `[B, 2, R, S]`."""
-        return self.form.initial((batch, 2, self.state_size), self.state_weight.device)
+        shape, device = (batch, 2, self.form.rows, self.state_size), self.state_weight.device
+        return torch.zeros(shape, dtype=torch.int64, device=device)
 
     def forward(
         self,
@@ -532,7 +569,7 @@ class ReversibleCell(nn.Module):
         # first, so that a step's inputs lie together.
         inputs = self.x_proj(x.clone()).unflatten(-1, (2, -1)).transpose(0, 1).contiguous()
         if state is None:
-            state = self.form.initial((len(x), 2, self.state_size), x.device)
+            state = self.initial_state(len(x))
         if carrier is None:
             carrier = inputs.new_zeros(len(x), 2, self.state_size)
         with maybe_autocast(x.device.type, enabled=False):

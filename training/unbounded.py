@@ -23,11 +23,14 @@ import copy
 import hashlib
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
+from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
+from typing import IO
 
 import numpy as np
 import torch
@@ -42,7 +45,7 @@ from modeling_stateful_gpt.cache import (
     RecurrentStateLayer,
     ReversibleStateLayer,
 )
-from modeling_stateful_gpt.reversible import LOWEST, Words
+from modeling_stateful_gpt.reversible import Words
 
 CARRIES_GRADIENT = {GateLoopStateLayer: "state", ReversibleStateLayer: "carrier", LastHiddenStateLayer: "keys"}
 """Through which of a layer's tensors gradients go on into the piece before."""
@@ -63,31 +66,31 @@ class RewindableLayer(ReversibleStateLayer):
         return super().advance(partial(recur, words=self.words, backwards=self.backwards), inputs)
 
 
-@dataclass
 class Boundaries:
-    """What cannot be run backwards, as it was before each piece: layers in memory or, a file each, in `folder`."""
+    """A stack, in `file`, of the layers that cannot be run backwards, as they were before each piece.
 
-    folder: Path | None
-    kept: list = field(default_factory=list)
+    As bytes: thousands of small tensors that stay, allocated among large ones that go, would leave memory in pieces of
+    which the large ones cannot be made again.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.starts = file, array("q")
 
     def push(self, layers: list) -> None:
         layers = [copy.copy(layer) for layer in layers]
         for layer in layers:
-            # The state after a piece may be a view of those after all of its tokens.
+            # The state after a piece may be a view of those after all of its tokens, which would be written too.
             vars(layer).update({name: z.clone() for name, z in vars(layer).items() if isinstance(z, torch.Tensor)})
-        if self.folder is not None:
-            path = self.folder / f"{len(self.kept)}.pt"
-            torch.save(layers, path)
-            self.kept.append(path)
-        else:
-            self.kept.append(layers)
+        buffer = BytesIO()
+        torch.save(layers, buffer)
+        self.starts.append(self.file.seek(0, os.SEEK_END))
+        self.file.write(buffer.getvalue())
 
     def pop(self) -> list:
-        kept = self.kept.pop()
-        if self.folder is None:
-            return kept
-        layers = torch.load(kept, weights_only=False)
-        kept.unlink()
+        start = self.starts.pop()
+        self.file.seek(start)
+        layers = torch.load(BytesIO(self.file.read()), weights_only=False)
+        self.file.truncate(start)
         return layers
 
 
@@ -311,13 +314,12 @@ def backward_through_time(
     progress, dtype = progress or Progress(), torch.promote_types(model.dtype, torch.float32)
     if offload and progress.folder is not None:
         raise ValueError("States that are offloaded do not outlive the process: leave out offload or progress.")
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory())) if offload else None
+    with (TemporaryFile if offload else BytesIO)() as file:
         layers = batch.layers()
         for layer in rewindable(layers):
             layer.words = Words()
         total = torch.zeros((), device=input_ids.device)
-        reading = progress.begin(batch, "unbounded", Reading(layers, Boundaries(folder), [None] * len(layers), total))
+        reading = progress.begin(batch, "unbounded", Reading(layers, Boundaries(file), [None] * len(layers), total))
         with torch.no_grad():
             for start in pieces(batch.starts, reading.forwards, "forwards"):
                 reading.boundaries.push([z for z in reading.layers if not isinstance(z, RewindableLayer)])
@@ -343,7 +345,7 @@ def backward_through_time(
             progress.save(batch, reading)
     progress.end()
     states = [layer.state for layer in rewindable(reading.layers)]
-    if any(state[:, :, 0].any() or (state[:, :, 1:] != LOWEST).any() for state in states):
+    if any(state.any() for state in states):
         raise RuntimeError(
             "Running backwards did not lead to the empty state that the documents began with: something was not "
             "computed again as it was the first time. The gradients are wrong; do not change the number of threads "
@@ -368,7 +370,7 @@ def truncated_backward(
     """States go on from piece to piece, gradients do not: what people do today. Arguments: `backward_through_time`."""
     batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
     progress, total = progress or Progress(), torch.zeros((), device=input_ids.device)
-    reading = progress.begin(batch, "truncated", Reading(batch.layers(), Boundaries(None), [], total))
+    reading = progress.begin(batch, "truncated", Reading(batch.layers(), Boundaries(BytesIO()), [], total))
     for start in pieces(batch.starts, reading.forwards, "truncated"):
         loss = batch.read(start, reading.layers)
         loss.backward()
