@@ -78,8 +78,8 @@ class Words:
 
 
 def relieve(buffers: tuple[torch.Tensor, ...], words: Words | None) -> tuple[torch.Tensor, ...]:
-    """Buffers `[B, S]` after a step. Where one of a row is full, a word leaves every one of that row that has more: to
-    move many at once is rare, and to move one takes as long as several steps. They are pushed onto `words`, if there are
+    """Buffers `[B, S]` after a step. Where one of a row is full, a word leaves all of that row that have more: to move
+    one takes as long as several steps, and to move many is needed rarely. They are pushed onto `words`, if there are
     any."""
     if words is not None:
         words.steps += 1

@@ -1,5 +1,6 @@
 """The commands, run as a user runs them, on a little text and a tiny model."""
 
+import copy
 import json
 import math
 import os
@@ -20,8 +21,19 @@ from compare import paired_difference, parse_comparison, plan
 from data import byte_tokenizer, sample_blocks, token_blocks
 from evaluate import evaluate, mean_nats
 from safetensors.torch import load, load_file, save_file
-from train import PRESETS, RunError, build_model, count_parameters, load_model, parse, prepare_data, train
+from train import (
+    PRESETS,
+    RunError,
+    build_model,
+    count_parameters,
+    load_model,
+    make_trainer,
+    parse,
+    prepare_data,
+    train,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from warm_start import collate
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -91,6 +103,41 @@ def test_a_run_learns_and_leaves_a_checkpoint_that_loads(preset, text_files, tmp
     assert out.shape[1] == 9
     # The same command again has nothing to do.
     assert train(*parse(options(text_files, tmp_path / "run", "--preset", preset))) == results
+
+
+def test_a_step_for_each_pass_is_that_of_a_loop_over_the_passes(text_files, tmp_path):
+    """The original proposal, by hand: the plain loss and a step, the loss of the second pass and a step."""
+    arguments = options(text_files, tmp_path / "run", "--preset=step_per_pass", "--lr_scheduler_type=constant")
+    arguments += ["--max_grad_norm=0.5", "--weight_decay=0", "--warmup_steps=0", "--max_steps=3"]
+    given = parse([*arguments, "--eval_strategy=no", "--eval_on_start=false"])
+    data = prepare_data(given[1])
+    ours = build_model(given[0], given[1], data.tokenizer, 7).train()
+    theirs = copy.deepcopy(ours)
+    seen = []
+
+    def record(examples):
+        seen.append(collate(examples))
+        return seen[-1]
+
+    make_trainer(given[0], given[1], data, model=ours, args=given[2], data_collator=record).train()
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0)
+    for batch in seen[:3]:
+        states = None
+        for _ in range(2):
+            outputs = theirs(**batch, initial_states=states, num_passes=1)
+            optimizer.zero_grad()
+            outputs.loss.backward()
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+            optimizer.step()
+            states = outputs.states.detach()
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", ["--random_offsets=true", "--gradient_accumulation_steps=2", "--warm_start=true"])
+def test_a_step_for_each_pass_refuses_other_batches(more, text_files, tmp_path):
+    with pytest.raises(RunError, match="leave out"):
+        train(*parse(options(text_files, tmp_path / "run", "--preset=step_per_pass", more)))
 
 
 @pytest.mark.parametrize("layers,mlp", [(2, "gelu"), (6, "gelu"), (3, "swiglu")])

@@ -65,11 +65,12 @@ logger = logging.get_logger("training")
 class Preset:
     """`decoder`: fields of `GateLoopConfig`, in which `layer_types` is a pattern that is repeated over the depth.
     `stateful`: fields of `StatefulGPTConfig`; None for the decoder alone. `warm_start`: whether the first pass reads
-    the states of the epoch before."""
+    the states of the epoch before. `step_per_pass`: see `StepPerPassTrainer`."""
 
     decoder: dict = field(default_factory=dict)
     stateful: dict | None = None
     warm_start: bool = False
+    step_per_pass: bool = False
 
 
 JACOBI = {"training_solver": "jacobi", "num_no_grad_passes": 0}
@@ -90,6 +91,8 @@ PRESETS = {
     "stateful": Preset(stateful={"feedback": "gated_add"}),
     # The original proposal, with gradients through all passes.
     "jacobi": Preset(stateful={"feedback": "gated_add", **JACOBI, "num_passes": 3}),
+    # And with those it was trained by: none between passes, each of which is a step of the optimiser.
+    "step_per_pass": Preset(stateful={"feedback": "gated_add", **JACOBI, "num_passes": 2}, step_per_pass=True),
     # For several epochs: a step is one pass. {"pass_probabilities": [0.75, 0.25]} adds a share of steps of two.
     "warm_start": Preset(stateful={"feedback": "gated_add", **JACOBI, "num_passes": 1}, warm_start=True),
 }
@@ -354,6 +357,28 @@ class SteppingTrainer(Trainer):
 def stepped(model: PreTrainedModel) -> dict[str, str]:
     """The arguments with which a model's forward steps through the sequence; none for a plain model."""
     return {"solver": "sequential"} if model.config.model_type == StatefulGPTConfig.model_type else {}
+
+
+class StepPerPassTrainer(SteppingTrainer):
+    """The training of the original proposal: the states that a pass reads carry no gradient to the pass before, and
+    each pass takes a step of the optimiser (here one and the same; there, each had its own)."""
+
+    def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        self.states = None
+        for number in range(self.model.config.num_passes):
+            if number > 0:
+                self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+                self.optimizer.step()
+                model.zero_grad()
+            one_pass = {**inputs, "initial_states": self.states, "num_passes": 1}
+            loss = super().training_step(model, one_pass, num_items_in_batch)
+        return loss
+
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            self.states = outputs.states.detach()
+        return (loss, outputs) if return_outputs else loss
 
 
 class WindowTrainer(WarmStart, SteppingTrainer):
@@ -697,7 +722,7 @@ def train(
     patience = training_arguments.patience
     before = spent(model_arguments.model_name_or_path)
     trainer = make_trainer(
-        warm_start(model_arguments),
+        model_arguments,
         data_arguments,
         data,
         model=model,
@@ -765,8 +790,19 @@ def spent(checkpoint: str | None) -> dict[str, float]:
     return {name: results[name] for name in ("tokens", "seconds")}
 
 
-def make_trainer(warm: bool, data_arguments: DataArguments, data: TrainingData, **arguments) -> SteppingTrainer:
+def make_trainer(
+    model_arguments: ModelArguments, data_arguments: DataArguments, data: TrainingData, **arguments
+) -> SteppingTrainer:
     """Over blocks that are always the same, over windows where their place in the text matters, or over documents."""
+    warm = warm_start(model_arguments)
+    if model_arguments.preset is not None and PRESETS[model_arguments.preset].step_per_pass:
+        other_examples = data_arguments.random_offsets or data_arguments.context != "blocks" or warm
+        if other_examples or arguments["args"].gradient_accumulation_steps > 1:
+            raise RunError(
+                f"--preset {model_arguments.preset} takes the same blocks in every epoch, and a step for each batch: "
+                f"leave out --random_offsets, --context, --warm_start and --gradient_accumulation_steps."
+            )
+        return StepPerPassTrainer(train_dataset=data.train, **arguments)
     if data_arguments.context != "blocks":
         return make_document_trainer(data_arguments, data, **arguments)
     if not warm and not data_arguments.random_offsets:
