@@ -17,7 +17,6 @@ A state is one tensor `[B, 2, R, S]`: two halves, S wide, of R rows (see `FORMS`
 
 import math
 from array import array
-from functools import reduce
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ FRACTION_BITS = 30
 """The resolution is about 1e-9, and as an update is smaller than 1, 2^33 of them cannot overflow."""
 
 GATE_BITS = 10
-"""Radix of the gates by which a state is multiplied: the longest horizon but "for ever" is 1,024 steps."""
+"""Of the gates by which a state is multiplied: the longest horizon but "for ever" is 1,024 steps."""
 
 # Tensors, as an operation with a number takes twice as long; on the CPU, on whatever device this file is imported.
 ONE, FRACTION_SCALE, GATE_SCALE = torch.tensor([1.0, 2.0**FRACTION_BITS, 2.0**GATE_BITS], device="cpu")
@@ -54,49 +53,53 @@ class Words:
         self.moves = array("q")
         """The steps after which words have left."""
 
-    def __len__(self) -> int:
-        return len(self.bytes)
+    @property
+    def nbytes(self) -> int:
+        return len(self.bytes) + self.moves.itemsize * len(self.moves)
 
     def push(self, buffers: torch.Tensor, leaving: torch.Tensor) -> None:
+        """A word of each buffer `[B, N]` where `leaving`: the words, then for each row that has any its places as a
+        mask, then those rows and their number."""
+        rows = leaving.any(-1).nonzero().flatten()
         self.bytes += buffers[leaving].to("cpu", torch.int32).numpy().tobytes()
-        self.bytes += np.packbits(leaving.cpu().numpy()).tobytes()
+        self.bytes += np.packbits(leaving[rows].cpu().numpy(), axis=1).tobytes()
+        self.bytes += np.append(rows.cpu().numpy(), len(rows)).astype(np.int32).tobytes()
         self.moves.append(self.steps)
 
-    def take(self, number: int) -> np.ndarray:
-        taken = np.frombuffer(self.bytes[len(self.bytes) - number :], np.uint8)
-        del self.bytes[len(self.bytes) - number :]
-        return taken
+    def take(self, number: int, dtype: type) -> torch.Tensor:
+        size = number * np.dtype(dtype).itemsize
+        taken: np.ndarray = np.frombuffer(self.bytes[len(self.bytes) - size :], dtype)
+        del self.bytes[len(self.bytes) - size :]
+        return torch.from_numpy(taken.astype(np.int64))
 
     def pop(self, buffers: torch.Tensor) -> torch.Tensor:
         """What `push` was given, from what it has left behind."""
         self.moves.pop()
-        bits = np.unpackbits(self.take(-(-buffers.numel() // 8)), count=buffers.numel())
-        left = torch.from_numpy(bits).bool().view(buffers.shape).to(buffers.device)
-        words = torch.from_numpy(self.take(4 * int(bits.sum())).view(np.uint32).astype(np.int64))
-        buffers[left] = (buffers[left] << WORD_BITS) + words.to(buffers.device)
-        return buffers
+        rows = self.take(int(self.take(1, np.int32)), np.int32)
+        width = -(-buffers.shape[1] // 8)
+        masks = np.unpackbits(self.take(len(rows) * width, np.uint8).numpy().astype(np.uint8)).reshape(len(rows), -1)
+        left = torch.zeros(buffers.shape, dtype=torch.bool)
+        left[rows] = torch.from_numpy(masks[:, : buffers.shape[1]]).bool()
+        words, left = self.take(int(left.sum()), np.uint32).to(buffers.device), left.to(buffers.device)
+        return buffers.masked_scatter(left, (buffers[left] << WORD_BITS) + words)
 
 
-def relieve(buffers: tuple[torch.Tensor, ...], words: Words | None) -> tuple[torch.Tensor, ...]:
-    """Buffers `[B, S]` after a step. Where one of a row is full, a word leaves all of that row that have more: to move
-    one takes as long as several steps, and to move many is needed rarely. They are pushed onto `words`, if there are
-    any."""
+def renormalize(buffers: torch.Tensor, words: Words | None) -> torch.Tensor:
+    """Buffers `[B, N]` after a step. Where one of a row is full, a word leaves all of that row that have more than one,
+    because to move many takes no longer than to move one. They are pushed onto `words`, if there are any."""
     if words is not None:
         words.steps += 1
-    together = reduce(torch.bitwise_or, buffers)
-    if not torch.compiler.is_compiling() and together.max().item() < FULL:
+    if not torch.compiler.is_compiling() and buffers.max().item() < FULL:
         return buffers
-    rows = (together >= FULL).any(-1, keepdim=True)
-    leaving = tuple(rows & (buffer >> WORD_BITS > 0) for buffer in buffers)
+    leaving = (buffers >= FULL).any(-1, keepdim=True) & (buffers >> WORD_BITS > 0)
     if words is not None:
-        words.push(torch.cat(buffers), torch.cat(leaving))
-    return tuple(torch.where(out, buffer >> WORD_BITS, buffer) for out, buffer in zip(leaving, buffers, strict=True))
+        words.push(buffers, leaving)
+    return torch.where(leaving, buffers >> WORD_BITS, buffers)
 
 
-def restore(buffers: tuple[torch.Tensor, ...], words: Words) -> tuple[torch.Tensor, ...]:
-    """Undoes `relieve`."""
+def undo_renormalize(buffers: torch.Tensor, words: Words) -> torch.Tensor:
     if words.moves and words.moves[-1] == words.steps:
-        buffers = words.pop(torch.cat(buffers)).chunk(len(buffers))
+        buffers = words.pop(buffers)
     words.steps -= 1
     return buffers
 
@@ -278,7 +281,7 @@ def run(
         here = None if real is None else real[t]
         if backwards:
             if form.rows > 1:
-                buffers = restore((first[1], second[1]), words)
+                buffers = undo_renormalize(torch.cat([first[1], second[1]], -1), words).chunk(2, -1)
                 first, second = (first[0], buffers[0]), (second[0], buffers[1])
             first_seen = floating_point(first[0], dtype)
             states[t, :, 0], states[t, :, 1] = first_seen, second_seen
@@ -296,7 +299,7 @@ def run(
         second_seen = floating_point(second[0], dtype)
         states[t, :, 0], states[t, :, 1] = first_seen, second_seen
         if form.rows > 1:
-            buffers = relieve((first[1], second[1]), words)
+            buffers = renormalize(torch.cat([first[1], second[1]], -1), words).chunk(2, -1)
             first, second = (first[0], buffers[0]), (second[0], buffers[1])
     return states, torch.stack([torch.stack(first, 1), torch.stack(second, 1)], 1)
 
@@ -379,14 +382,14 @@ def accumulate(
     for t in reversed(range(len(u))) if backwards else range(len(u)):
         gates = z if real is None else torch.where(real[t][..., None], z, 1 << GATE_BITS)
         if backwards:
-            buffer = restore((buffer.flatten(1),), words)[0].view_as(values)
+            buffer = undo_renormalize(buffer.flatten(1), words).view_as(values)
             states[t] = floating_point(values, u.dtype)
             values, buffer = divide(values - increments[t], buffer, gates)
             continue
         if starts is not None:
             values, buffer = empty_where(starts[t][:, None, None], (values, buffer))
         values, buffer = multiply(values, buffer, gates)
-        buffer = relieve((buffer.flatten(1),), words)[0].view_as(values)
+        buffer = renormalize(buffer.flatten(1), words).view_as(values)
         values += increments[t]
         states[t] = floating_point(values, u.dtype)
     return states, torch.stack([values, buffer], 2)
@@ -430,17 +433,19 @@ class KeyValueMemory(nn.Module):
 
         wkv = (num + b e^k v) / (den + b e^k) = (num' + (z b - 1) e^k v) / (den' + (z b - 1) e^k)
 
-    In fixed point, e^k has a largest and a smallest value: keys are limited to ±`LARGEST_KEY`, and z to
-    1 - 2^-`GATE_BITS`. As what has just been written is taken away again in the reading, digits are lost where z b is
-    small: z is at least 1/16, b at least e^-3. Beyond these limits there is no gradient. As what comes out of the
-    buffers (`multiply`) adds up to 2^(`GATE_BITS` - `FRACTION_BITS`), about 1e-6, to a state, it is e^k times `SCALE`
-    that is added up: the quotient is the same.
+    In fixed point, e^k has a largest and a smallest value: keys are limited to ±`LARGEST_KEY`, values to
+    ±`LARGEST_VALUE`, and z to 1 - 2^-`GATE_BITS`, so that no sum can overflow. As what has just been written is taken
+    away again in the reading, digits are lost where z b is small: z is at least 1/16, b at least e^-3. Beyond these
+    limits there is no gradient. As what comes out of the buffers (`multiply`) adds up to
+    2^(`GATE_BITS` - `FRACTION_BITS`), about 1e-6, to a state, it is e^k times `SCALE` that is added up: the quotient is
+    the same.
 
     Args:
         size: S, the number of channels.
     """
 
     LARGEST_KEY = 6
+    LARGEST_VALUE = 1000
     SCALE = 16
 
     def __init__(self, size: int):
@@ -476,7 +481,7 @@ class KeyValueMemory(nn.Module):
         with maybe_autocast(x.device.type, enabled=False):
             k, v = x.to(dtype).chunk(2, -1)
             e = self.SCALE * k.clamp(-self.LARGEST_KEY, self.LARGEST_KEY).exp()
-            u = torch.stack([e * v, e], 2)
+            u = torch.stack([e * v.clamp(-self.LARGEST_VALUE, self.LARGEST_VALUE), e], 2)
             z = torch.exp(-torch.exp(self.time_decay.to(dtype))).clamp(1 / 16, 1 - 2.0**-GATE_BITS)
             z = z + (gate(z).to(dtype) * 2.0**-GATE_BITS - z).detach()
             if state is None:

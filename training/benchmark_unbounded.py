@@ -152,11 +152,11 @@ def drift(arguments: argparse.Namespace) -> None:
         inputs = [partial(torch.randn, 1, CHUNK, cell.x_proj.in_features, generator=g) for g in pieces]
         for piece in tqdm(inputs, desc=f"{form}, forwards", leave=False):
             _, state, _ = cell(piece(), state, words=words)
-        stored_bits, far = 8 * len(words), state
+        stored_bits, far = 8 * words.nbytes, state
         for generator, (seed, piece) in zip(reversed(pieces), reversed(list(enumerate(inputs))), strict=True):
             generator.manual_seed(seed)
             _, state, _ = cell(piece(), state, words=words, backwards=True)
-        differing = (state ^ cell.initial_state(1)).ne(0).sum().item() + len(words)
+        differing = (state ^ cell.initial_state(1)).ne(0).sum().item() + words.nbytes
         steps = len(inputs) * CHUNK
         report = {
             "form": form,

@@ -34,6 +34,7 @@ from typing import IO
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -218,7 +219,7 @@ class Reading:
     """How far a batch of documents has been read, and all that is needed to go on from there."""
 
     layers: list
-    boundaries: Boundaries
+    boundaries: Boundaries | None
     gradients: list[torch.Tensor | None]
     """Of the loss of the pieces behind, by what `layers` carry into them."""
     total: torch.Tensor
@@ -238,17 +239,21 @@ class Progress:
         seconds: between two writes.
     """
 
+    FORMAT = 2
+    """Of the files. One of another is not taken up."""
+
     def __init__(self, folder: Path | None = None, seconds: float = 300):
         self.folder, self.seconds, self.written = folder, seconds, time.monotonic()
 
     @cached_property
     def path(self) -> Path:
         batch, mask = self.batch, self.batch.attention_mask
-        digest = hashlib.sha256(repr((self.context, batch.seed, batch.chunk_size, batch.num_items_in_batch)).encode())
+        sizes = (self.FORMAT, self.context, batch.seed, batch.chunk_size, batch.num_items_in_batch)
+        digest = hashlib.sha256(repr((*sizes, batch.model.config.to_json_string())).encode())
         for tensor in (batch.input_ids, batch.labels, *([] if mask is None else [mask]), *batch.model.parameters()):
             digest.update(repr(tensor.shape).encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return self.folder / f"document-{digest.hexdigest()[:16]}.pt"
+        return self.folder / f"document-{digest.hexdigest()[:16]}-{PartialState().process_index}.pt"
 
     def begin(self, batch: Batch, context: str, reading: Reading) -> Reading:
         """The reading in the file, if there is one, with the gradients so far; otherwise the given one."""
@@ -322,15 +327,17 @@ def backward_through_time(
         reading = progress.begin(batch, "unbounded", Reading(layers, Boundaries(file), [None] * len(layers), total))
         with torch.no_grad():
             for start in pieces(batch.starts, reading.forwards, "forwards"):
-                reading.boundaries.push([z for z in reading.layers if not isinstance(z, RewindableLayer)])
+                if kept := [z for z in reading.layers if not isinstance(z, RewindableLayer)]:
+                    reading.boundaries.push(kept)
                 reading.total += batch.read(start, reading.layers)
                 reading.forwards += 1
                 progress.save(batch, reading)
         for layer in rewindable(reading.layers):
             layer.backwards = True
+        reading.layers = [z if isinstance(z, RewindableLayer) else None for z in reading.layers]
         for start in pieces(batch.starts[::-1], reading.backwards, "backwards"):
-            stored = iter(reading.boundaries.pop())
-            layers = [z if isinstance(z, RewindableLayer) else next(stored) for z in reading.layers]
+            stored = iter(reading.boundaries.pop() if None in reading.layers else [])
+            layers = [next(stored) if z is None else z for z in reading.layers]
             before = [open_to_gradients(layer, dtype) for layer in layers]
             loss = batch.read(start, layers)
             after = [getattr(layer, carrier_of(layer)) for layer in layers]
@@ -370,7 +377,7 @@ def truncated_backward(
     """States go on from piece to piece, gradients do not: what people do today. Arguments: `backward_through_time`."""
     batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
     progress, total = progress or Progress(), torch.zeros((), device=input_ids.device)
-    reading = progress.begin(batch, "truncated", Reading(batch.layers(), Boundaries(BytesIO()), [], total))
+    reading = progress.begin(batch, "truncated", Reading(batch.layers(), None, [], total))
     for start in pieces(batch.starts, reading.forwards, "truncated"):
         loss = batch.read(start, reading.layers)
         loss.backward()
