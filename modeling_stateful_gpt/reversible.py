@@ -563,7 +563,8 @@ class ReversibleCell(nn.Module):
             carrier: `[B, 2, S]`, to which the gradient of the values before the sequence goes; what it holds does not
                 matter.
             words: what a forgetting state loses; needed to run `backwards`.
-            backwards: from the state after the sequence; outputs and gradients are the same, bit for bit.
+            backwards: from the state after the sequence; outputs and gradients are the same, bit for bit, if it is
+                undone in the pieces in which it was run: the last bits of a matrix product depend on its shape.
 
         Returns:
             The states after each input in floating point `[B, T, 2 S]`, the state after the sequence (before it if
@@ -601,6 +602,7 @@ class ReversibleCell(nn.Module):
     def unstep(
         self, state: torch.Tensor, x: torch.Tensor, words: Words | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Undoes `step(state, x)`: the next state → the state, bit for bit, and what that step gave, `[B, 2 S]`."""
+        """Undoes `step(state, x)`, not a token of a longer `forward` (see there): the next state → the state, bit for
+        bit, and what that step gave, `[B, 2 S]`."""
         states, state, _ = self(x[:, None], state, words=words, backwards=True)
         return state, states[:, 0]

@@ -299,9 +299,27 @@ def test_progress_of_something_else_is_not_taken_up(other, tmp_path):
 
 
 def test_a_run_that_is_over_leaves_no_progress_behind(tmp_path):
-    (tmp_path / "document-0123456789abcdef.pt").touch()
+    (tmp_path / "document-0123456789abcdef-0.pt").touch()
+    (tmp_path / "document-1.txt").touch()  # Somebody's own.
     first_gradients(tmp_path, [{"input_ids": tokens(1, 9)[0].numpy()}])
-    assert not list(tmp_path.glob("document-*"))
+    assert [path.name for path in tmp_path.glob("document-*")] == ["document-1.txt"]
+
+
+def test_a_damaged_file_of_progress_is_not_taken_up(tmp_path):
+    model, ids = decoder("mixed", torch.float32), tokens(2, 30)
+    torch.manual_seed(1)
+    expected = backward_through_time(model, ids, ids, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "end", lambda self: None)
+        torch.manual_seed(1)
+        backward_through_time(model, ids, ids, 5, progress=Progress(tmp_path, seconds=0))
+    (path,) = tmp_path.iterdir()
+    for damaged in (path.read_bytes()[:-2000], b"", b"?"):
+        path.write_bytes(damaged)
+        gradients(model)
+        torch.manual_seed(1)
+        assert torch.equal(backward_through_time(model, ids, ids, 5, progress=Progress(tmp_path)), expected)
+        assert not path.exists()
 
 
 def test_what_is_frozen_gets_no_gradient():
@@ -419,9 +437,21 @@ def test_a_trainer_refuses_what_it_would_not_do(tmp_path, option):
         DocumentTrainer(decoder("gateloop"), TrainingArguments(str(tmp_path), use_cpu=True, **option))
 
 
+def test_labels_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"labels are \(1, 4\), input_ids \(1, 9\)"):
+        backward_through_time(decoder("gateloop"), tokens(1, 9), tokens(1, 4), 5)
+
+
 # train.py
 
 DOCUMENTS = ["--preset=reversible_forgetting", "--context=unbounded", "--chunk_size=50", "--hidden_size=16"]
+
+
+@pytest.mark.parametrize("option", ["--fp16=true", "--gradient_checkpointing=true", "--label_smoothing_factor=0.1"])
+def test_what_documents_do_not_go_with_is_refused_before_anything_is_written(option, text_files, tmp_path):  # noqa: F811
+    with pytest.raises(RunError, match="hole documents are"):
+        train(*parse(options(text_files, tmp_path / "run", *DOCUMENTS, option)))
+    assert not (tmp_path / "run").exists()
 
 
 def on_documents(text_files, folder, *more):  # noqa: F811

@@ -23,7 +23,7 @@ import torch
 from benchmark import paired_ratio, reset_peak, resident
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from train import load_model, run_command
+from train import RunError, load_model, run_command
 from transformers import set_seed
 from unbounded import Batch, backward_through_time, truncated_backward
 
@@ -146,6 +146,8 @@ def drift(arguments: argparse.Namespace) -> None:
         model = load_model(arguments.checkpoint[form]) if form in arguments.checkpoint else None
         set_seed(0)
         cell = ReversibleCell(WIDTH, WIDTH // 2, form) if model is None else model.model.layers[0].mixer.cell
+        if cell.form is not FORMS[form]:
+            raise RunError(f"The first layer of {arguments.checkpoint[form]} is not of the {form} form.")
         cells[form] = cell
         words, state = Words(), cell.initial_state(1)
         pieces = [torch.Generator().manual_seed(n) for n in range(math.ceil(arguments.steps / CHUNK))]
@@ -186,7 +188,7 @@ def floating_drift(cell: ReversibleCell, dtype: torch.dtype, steps: int) -> tupl
         q, p = (a + weight[half] @ soften(other)).chunk(2)
         return q.tanh() * p.sigmoid()
 
-    lengths = [10**n for n in range(1, int(math.log10(steps)) + 1)]
+    lengths = [*(10**n for n in range(1, 7) if 10**n < steps), steps]
     errors = []
     for length in tqdm(lengths, desc=str(dtype), leave=False):
         first = second = torch.zeros(cell.state_size, dtype=dtype)
@@ -215,7 +217,7 @@ def main() -> None:
     command.add_argument("--picture", type=Path, default=Path("drift.png"))
     command.set_defaults(run=drift)
     command = commands.add_parser("memory")
-    command.add_argument("--lengths", type=int, nargs="+", default=[1000, 4000, 16_384, 100_000, 1_000_000])
+    command.add_argument("--lengths", type=int, nargs="+", default=[1000, 4000, 10_000, 16_384, 100_000, 1_000_000])
     command.add_argument("--longest_stored", type=int, default=16_384)
     command.add_argument("--picture", type=Path, default=Path("memory.png"))
     command.set_defaults(run=memory)

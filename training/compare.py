@@ -149,7 +149,7 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
         if not run.model.model_name_or_path and not run.folder.exists():
             with torch.device("meta"):
                 model = build_model(run.model, run.data, data().tokenizer, run.seed)
-            check_context(model, warm_start(run.model), run.data)
+            check_context(model, warm_start(run.model), run.data, run.training)
     compared = []
     for run in runs:
         console.rule(run.folder.name)

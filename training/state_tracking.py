@@ -557,7 +557,8 @@ def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) 
             model = build_model(name, TASKS[arguments.tasks[0]], arguments, seed=0)
         preset = MODELS[name]
         warm = preset is not None and preset.warm_start
-        check_context(model, warm, DataArguments(context=arguments.context, chunk_size=arguments.chunk_size))
+        data = DataArguments(context=arguments.context, chunk_size=arguments.chunk_size)
+        check_context(model, warm, data, training)
     file = Path(training.output_dir, "runs.jsonl")
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     runs = []

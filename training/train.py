@@ -45,7 +45,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import logging
-from unbounded import CONTEXTS, Documents, WholeDocuments, check_recurrent, pad
+from unbounded import CONTEXTS, Documents, WholeDocuments, check_arguments, check_recurrent, pad
 from warm_start import StatesMissing, StateStore, WarmStart, Windows, collate, losses_from_states, saved_state
 
 from modeling_stateful_gpt import (
@@ -270,6 +270,8 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGINT, self.previous)
+        # After the last step there is nothing to resume.
+        self.interrupted &= state.global_step < state.max_steps
 
     def note(self, *_) -> None:
         self.interrupted = True
@@ -705,7 +707,7 @@ def train(
         data = prepared() if prepared else prepare_data(data_arguments, model_arguments.model_name_or_path)
         set_seed(training_arguments.seed)
         model = build_model(model_arguments, data_arguments, data.tokenizer, training_arguments.seed)
-        check_context(model, warm_start(model_arguments), data_arguments)
+        check_context(model, warm_start(model_arguments), data_arguments, training_arguments)
         if main_process:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "run.json").write_text(json.dumps(settings, indent=1))
@@ -850,7 +852,9 @@ def make_document_trainer(data_arguments: DataArguments, data: TrainingData, **a
     )
 
 
-def check_context(model: PreTrainedModel, warm: bool, arguments: DataArguments) -> None:
+def check_context(
+    model: PreTrainedModel, warm: bool, arguments: DataArguments, training_arguments: TrainingArguments
+) -> None:
     """Raises a RunError for a --context that does not exist or does not go with the model or the other options."""
     if arguments.context == "blocks":
         return
@@ -862,6 +866,7 @@ def check_context(model: PreTrainedModel, warm: bool, arguments: DataArguments) 
         raise RunError(f"--context {arguments.context} reads whole documents: leave out warm start and random offsets.")
     try:
         check_recurrent(model)
+        check_arguments(training_arguments)
     except ValueError as error:
         raise RunError(str(error)) from error
 

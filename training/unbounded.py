@@ -22,6 +22,8 @@ import contextlib
 import copy
 import hashlib
 import os
+import pickle
+import re
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +39,14 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging
 
 from modeling_stateful_gpt.cache import (
     RECURRENT_LAYERS,
@@ -47,6 +56,8 @@ from modeling_stateful_gpt.cache import (
     ReversibleStateLayer,
 )
 from modeling_stateful_gpt.reversible import Words
+
+logger = logging.get_logger(__name__)
 
 CARRIES_GRADIENT = {GateLoopStateLayer: "state", ReversibleStateLayer: "carrier", LastHiddenStateLayer: "keys"}
 """Through which of a layer's tensors gradients go on into the piece before."""
@@ -150,6 +161,10 @@ class Batch:
             raise ValueError(f"chunk_size is {self.chunk_size}; it must be at least 1.")
         if self.input_ids.numel() == 0:
             raise ValueError("The documents have no tokens.")
+        if self.labels.shape != self.input_ids.shape:
+            raise ValueError(
+                f"labels are {tuple(self.labels.shape)}, input_ids {tuple(self.input_ids.shape)}; both are [B, T]."
+            )
         if self.num_items_in_batch is None:
             self.num_items_in_batch = (self.labels[:, 1:] != -100).sum().clamp(min=1)
         self.seed = int(torch.randint(2**62, ()))
@@ -228,6 +243,9 @@ class Reading:
     """Pieces."""
 
 
+FILE_NAME = re.compile(r"document-[0-9a-f]{16}-\d+\.(pt|unfinished)")
+
+
 class Progress:
     """Keeps a `Reading` in a file, so that a killed run can go on in the middle of a document.
 
@@ -261,7 +279,12 @@ class Progress:
         # To take the digest of all weights takes time, which most steps need not spend.
         if self.folder is None or not any(self.folder.glob("document-*.pt")) or not self.path.exists():
             return reading
-        saved = torch.load(self.path, weights_only=False)
+        try:
+            saved = torch.load(self.path, weights_only=False)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            logger.warning(f"{self.path} is damaged ({error}); the documents are read again from their beginning.")
+            return reading
+        logger.warning(f"Going on in the middle of documents, from {self.path}.")
         for parameter, gradient in zip(batch.model.parameters(), saved["gradients"], strict=True):
             parameter.grad = gradient
         return saved["reading"]
@@ -285,7 +308,8 @@ class DeleteProgress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             for path in Path(args.output_dir).glob("document-*"):
-                path.unlink(missing_ok=True)
+                if FILE_NAME.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
 
 def backward_through_time(
@@ -312,7 +336,8 @@ def backward_through_time(
         progress: where to keep, from time to time, how far it has come.
 
     Raises:
-        ValueError: for a model with other layers, no tokens, a `chunk_size` below 1, or `offload` with `progress`.
+        ValueError: for a model with other layers, no tokens, `labels` of another shape, a `chunk_size` below 1, or
+            `offload` with `progress`.
         RuntimeError: if running backwards does not lead to the state at the beginning; the gradients would be wrong.
     """
     batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
@@ -443,6 +468,22 @@ def pad(examples: list[dict]) -> dict[str, torch.Tensor]:
     return batch if real.all() else {**batch, "attention_mask": real.long()}
 
 
+def check_arguments(arguments: TrainingArguments) -> None:
+    """Raises a ValueError for what steps over whole documents do not do."""
+    sharded = arguments.fsdp or arguments.fsdp_plugin_args or arguments.deepspeed
+    if sharded or arguments.fp16 or arguments.n_gpu > 1:
+        raise ValueError(
+            "Whole documents are not trained on with FSDP, DeepSpeed, fp16 or several GPUs a process; use DDP, fp32 or "
+            "bf16."
+        )
+    other_loss = arguments.label_smoothing_factor or not arguments.average_tokens_across_devices
+    if other_loss or arguments.gradient_checkpointing:
+        raise ValueError(
+            "Whole documents are trained on with the mean loss over all tokens: leave out label_smoothing_factor, "
+            "gradient_checkpointing and average_tokens_across_devices=False."
+        )
+
+
 class WholeDocuments:
     """Mixed into a Trainer: a step is one over whole documents, read in pieces of `chunk_size`; see `CONTEXTS`.
 
@@ -457,19 +498,9 @@ class WholeDocuments:
         self.context, self.chunk_size, self.progress_seconds = context, chunk_size, progress_seconds
         check_recurrent(self.model)  # type: ignore[attr-defined]
         self.add_callback(DeleteProgress())  # type: ignore[attr-defined]
-        arguments = self.args  # type: ignore[attr-defined]
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
-        if sharded or arguments.fp16 or arguments.n_gpu > 1:
-            raise ValueError(
-                "Whole documents are not trained on with FSDP, DeepSpeed, fp16 or several GPUs a process; use DDP, "
-                "fp32 or bf16."
-            )
-        other_loss = arguments.label_smoothing_factor or self.compute_loss_func  # type: ignore[attr-defined]
-        if other_loss or arguments.gradient_checkpointing or not arguments.average_tokens_across_devices:
-            raise ValueError(
-                "Whole documents are trained on with the mean loss over all tokens: leave out label_smoothing_factor, "
-                "compute_loss_func, gradient_checkpointing and average_tokens_across_devices=False."
-            )
+        check_arguments(self.args)  # type: ignore[attr-defined]
+        if self.compute_loss_func:  # type: ignore[attr-defined]
+            raise ValueError("Whole documents are trained on with the mean loss: leave out compute_loss_func.")
 
     def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """Leaves gradients as Trainer's own does: of the tokens' mean loss over accumulated batches and processes."""
