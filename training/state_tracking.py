@@ -569,6 +569,8 @@ def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) 
                 run: dict[str, Any] = {"task": task, "model": model, "seed": seed, "settings": settings}
                 done = next((r for r in before if all(r[k] == run[k] for k in ("task", "model", "seed"))), run)
                 then = done["settings"]
+                if then["preset"] is not None:  # A run made before a field was there did what is its default now.
+                    then = {**then, "preset": {**asdict(Preset()), **then["preset"]}}
                 changed = [f"{k}: {then.get(k)!r} then" for k in settings if then.get(k) != settings[k]]
                 if changed:
                     raise RunError(
