@@ -470,11 +470,9 @@ def pad(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 def check_arguments(arguments: TrainingArguments) -> None:
     """Raises a ValueError for what steps over whole documents do not do."""
-    sharded = arguments.fsdp or arguments.fsdp_plugin_args or arguments.deepspeed
-    if sharded or arguments.fp16 or arguments.n_gpu > 1:
+    if arguments.fp16 or arguments.n_gpu > 1:
         raise ValueError(
-            "Whole documents are not trained on with FSDP, DeepSpeed, fp16 or several GPUs a process; use DDP, fp32 or "
-            "bf16."
+            "Whole documents are not trained on with fp16 or several GPUs a process; use fp32 or bf16, and DDP."
         )
     other_loss = arguments.label_smoothing_factor or not arguments.average_tokens_across_devices
     if other_loss or arguments.gradient_checkpointing:
@@ -501,6 +499,8 @@ class WholeDocuments:
         check_arguments(self.args)  # type: ignore[attr-defined]
         if self.compute_loss_func:  # type: ignore[attr-defined]
             raise ValueError("Whole documents are trained on with the mean loss: leave out compute_loss_func.")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            raise ValueError("Whole documents are not trained on with FSDP or DeepSpeed; use DDP.")
 
     def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """Leaves gradients as Trainer's own does: of the tokens' mean loss over accumulated batches and processes."""
