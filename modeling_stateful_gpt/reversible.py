@@ -151,16 +151,19 @@ class Additive:
     """Of a half of the state, and of its pre-activations."""
 
     @staticmethod
-    def write(half: Rows, a: torch.Tensor, real: torch.Tensor | None) -> Rows:
-        """A half after the pre-activations `a` `[B, parts · S]`; as it is where `real` `[B, 1]` is False."""
+    def increment(a: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         q, p = a.chunk(2, -1)
-        return (half[0] + increment(q, p.sigmoid(), real),)
+        return increment(q, p.sigmoid(), real)
 
-    @staticmethod
-    def undo(half: Rows, a: torch.Tensor, real: torch.Tensor | None) -> Rows:
+    @classmethod
+    def write(cls, half: Rows, a: torch.Tensor, real: torch.Tensor | None) -> Rows:
+        """A half after the pre-activations `a` `[B, parts · S]`; as it is where `real` `[B, 1]` is False."""
+        return (half[0] + cls.increment(a, real),)
+
+    @classmethod
+    def undo(cls, half: Rows, a: torch.Tensor, real: torch.Tensor | None) -> Rows:
         """The half before `write`."""
-        q, p = a.chunk(2, -1)
-        return (half[0] - increment(q, p.sigmoid(), real),)
+        return (half[0] - cls.increment(a, real),)
 
     @staticmethod
     def derivatives(

@@ -10,6 +10,7 @@ from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 from modeling_stateful_gpt.reversible import (
     FORMS,
     GATE_BITS,
+    WORD_BITS,
     KeyValueMemory,
     ReversibleCell,
     Words,
@@ -166,7 +167,9 @@ def test_the_gradient_reaches_the_state_before_through_its_carrier(form):
 @pytest.mark.parametrize("batch", [1, 16])
 def test_a_forgetting_state_stores_what_it_forgets_and_little_more(batch):
     """-log2(z) bits for each unit in each step, in words and in buffers, and where the words were."""
-    made, words = cell("forgetting", torch.float32, size=64, scale=0.5), Words()
+    made, words, left = cell("forgetting", torch.float32, size=64, scale=0.5), Words(), []
+    push = words.push
+    words.push = lambda buffers, leaving: left.append(leaving.sum().item()) or push(buffers, leaving)
     x = torch.randn(batch, 2000, 5)
     states, state, _ = made(x, words=words)
     a = made.x_proj(x[:, 1:]).unflatten(-1, (2, 3, 64))[..., 2, :]
@@ -174,8 +177,9 @@ def test_a_forgetting_state_stores_what_it_forgets_and_little_more(batch):
     seen = torch.stack([halves[:, :-1, 1], halves[:, 1:, 0]], 2)
     a = a + torch.einsum("bths,hps->bthp", seen, made.state_weight[:, 128:])
     lost = -a.sigmoid().log2().sum().item()
-    stored = 8 * words.nbytes + (state[:, :, 1] + 1).log2().sum().item()
-    assert lost < stored < 1.2 * lost
+    in_buffers = (state[:, :, 1] + 1).log2().sum().item()
+    assert sum(left) * WORD_BITS + in_buffers == pytest.approx(lost, rel=0.01)
+    assert 8 * words.nbytes + in_buffers < 1.2 * lost
 
 
 @given(st.integers(1, 3), st.integers(0, 99), st.sampled_from([(1, 1), (1, 2), (1, 1024), (1023, 1024), (1024, 1024)]))

@@ -105,10 +105,11 @@ def test_a_run_learns_and_leaves_a_checkpoint_that_loads(preset, text_files, tmp
     assert train(*parse(options(text_files, tmp_path / "run", "--preset", preset))) == results
 
 
-def test_a_step_for_each_pass_is_that_of_a_loop_over_the_passes(text_files, tmp_path):
+@pytest.mark.parametrize("max_norm", [0.5, 0])
+def test_a_step_for_each_pass_is_that_of_a_loop_over_the_passes(max_norm, text_files, tmp_path):
     """The original proposal, by hand: the plain loss and a step, the loss of the second pass and a step."""
     arguments = options(text_files, tmp_path / "run", "--preset=step_per_pass", "--lr_scheduler_type=constant")
-    arguments += ["--max_grad_norm=0.5", "--weight_decay=0", "--warmup_steps=0", "--max_steps=3"]
+    arguments += [f"--max_grad_norm={max_norm}", "--weight_decay=0", "--warmup_steps=0", "--max_steps=3"]
     given = parse([*arguments, "--eval_strategy=no", "--eval_on_start=false"])
     data = prepare_data(given[1])
     ours = build_model(given[0], given[1], data.tokenizer, 7).train()
@@ -127,7 +128,7 @@ def test_a_step_for_each_pass_is_that_of_a_loop_over_the_passes(text_files, tmp_
             outputs = theirs(**batch, initial_states=states, num_passes=1)
             optimizer.zero_grad()
             outputs.loss.backward()
-            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf)
             optimizer.step()
             states = outputs.states.detach()
     for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -138,6 +139,7 @@ def test_a_step_for_each_pass_is_that_of_a_loop_over_the_passes(text_files, tmp_
 def test_a_step_for_each_pass_refuses_other_batches(more, text_files, tmp_path):
     with pytest.raises(RunError, match="leave out"):
         train(*parse(options(text_files, tmp_path / "run", "--preset=step_per_pass", more)))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("layers,mlp", [(2, "gelu"), (6, "gelu"), (3, "swiglu")])

@@ -41,6 +41,7 @@ from train import (
     TrainingData,
     build_model,
     check_context,
+    check_step_per_pass,
     load_model,
     parse,
     prepare_data,
@@ -150,6 +151,7 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
             with torch.device("meta"):
                 model = build_model(run.model, run.data, data().tokenizer, run.seed)
             check_context(model, warm_start(run.model), run.data, run.training)
+            check_step_per_pass(run.model, run.data, run.training)
     compared = []
     for run in runs:
         console.rule(run.folder.name)

@@ -369,7 +369,8 @@ class StepPerPassTrainer(SteppingTrainer):
         self.states = None
         for number in range(self.model.config.num_passes):
             if number > 0:
-                self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+                if self.args.max_grad_norm:
+                    self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
                 model.zero_grad()
             one_pass = {**inputs, "initial_states": self.states, "num_passes": 1}
@@ -708,6 +709,7 @@ def train(
         set_seed(training_arguments.seed)
         model = build_model(model_arguments, data_arguments, data.tokenizer, training_arguments.seed)
         check_context(model, warm_start(model_arguments), data_arguments, training_arguments)
+        check_step_per_pass(model_arguments, data_arguments, training_arguments)
         if main_process:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "run.json").write_text(json.dumps(settings, indent=1))
@@ -797,13 +799,7 @@ def make_trainer(
 ) -> SteppingTrainer:
     """Over blocks that are always the same, over windows where their place in the text matters, or over documents."""
     warm = warm_start(model_arguments)
-    if model_arguments.preset is not None and PRESETS[model_arguments.preset].step_per_pass:
-        other_examples = data_arguments.random_offsets or data_arguments.context != "blocks" or warm
-        if other_examples or arguments["args"].gradient_accumulation_steps > 1:
-            raise RunError(
-                f"--preset {model_arguments.preset} takes the same blocks in every epoch, and a step for each batch: "
-                f"leave out --random_offsets, --context, --warm_start and --gradient_accumulation_steps."
-            )
+    if step_per_pass(model_arguments):
         return StepPerPassTrainer(train_dataset=data.train, **arguments)
     if data_arguments.context != "blocks":
         return make_document_trainer(data_arguments, data, **arguments)
@@ -850,6 +846,23 @@ def make_document_trainer(data_arguments: DataArguments, data: TrainingData, **a
         progress_seconds=training_arguments.progress_seconds,
         **{**arguments, "data_collator": pad},
     )
+
+
+def step_per_pass(arguments: ModelArguments) -> bool:
+    return arguments.preset is not None and PRESETS[arguments.preset].step_per_pass
+
+
+def check_step_per_pass(
+    model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments: TrainingArguments
+) -> None:
+    """Raises a RunError for options that do not go with a preset that takes a step for each pass."""
+    other_examples = data_arguments.random_offsets or data_arguments.context != "blocks" or warm_start(model_arguments)
+    other_steps = other_examples or training_arguments.gradient_accumulation_steps > 1
+    if step_per_pass(model_arguments) and other_steps:
+        raise RunError(
+            f"--preset {model_arguments.preset} takes the same blocks in every epoch, and a step for each batch: leave "
+            f"out --random_offsets, --context, --warm_start and --gradient_accumulation_steps."
+        )
 
 
 def check_context(
