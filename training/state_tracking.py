@@ -235,16 +235,21 @@ class FlipFlop(Task):
 
 @dataclass(kw_only=True)
 class Recall(Task):
-    """The first token, asked for by the last after a long silence with some `noise` (the copying problem of Hochreiter
-    and Schmidhuber 1997, and Arjovsky et al. 2016, arXiv 1511.06464, with a single symbol)."""
+    """The first token, asked for by the last; between them some `noise`, of as many kinds as there are tokens left, and
+    then silence (the copying problem of Hochreiter and Schmidhuber 1997, and Arjovsky et al. 2016, arXiv 1511.06464,
+    with one symbol).
+
+    What must be learned is to keep the noise out of the state, and no noise is near the question.
+    """
 
     noise: float
-    """Its share of the tokens between."""
+    """Its share of the tokens of the first half."""
 
     def draw(self, random, length):
         first = int(random.integers(self.num_classes))
         between = random.integers(self.silence + 1, self.num_tokens - 1, size=length - 2)
         between[random.random(length - 2) >= self.noise] = self.silence
+        between[length // 2 :] = self.silence
         return [first, *between.tolist(), self.num_tokens - 1], at_the_end(length, first)
 
 
@@ -259,10 +264,10 @@ TASKS: dict[str, Task] = {
     "s5": GroupWords(symmetric_group(5)),
     "flip_flop": FlipFlop(num_tokens=5, num_classes=2, train_lengths=(4, 128), test_lengths=(128, 512), beyond=()),
     "recall": Recall(
-        num_tokens=12,
+        num_tokens=256,
         num_classes=8,
         silence=8,
-        noise=0.01,
+        noise=0.2,
         train_lengths=(10_000, 10_000),
         test_lengths=(10_000,),
         beyond=(),
