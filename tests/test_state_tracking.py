@@ -250,13 +250,15 @@ def test_what_is_short_is_learned(command):
     more = [
         "--max_steps=300",
         "--curriculum=1",
-        "--learning_rate=1e-2",
+        "--learning_rate=3e-3",
+        "--hidden_size=32",
         "--test_sequences=64",
         "--test_lengths",
         "3",
         "5",
     ]
-    (record,) = command("--models", "stateful", *more)
+    # Not parity: at this size, a start is learned from or not depending on rounding.
+    (record,) = command("--tasks", "even_pairs", "--models", "stateful", *more)
     assert record["results"]["3"]["scaled"] == record["results"]["5"]["scaled"] == 1
 
 
