@@ -8,6 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import state_tracking
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -217,17 +218,34 @@ def test_every_task_can_be_trained_on(task, command):
     assert all(result["answers"] >= 8 for result in record["results"].values())
 
 
+@pytest.mark.parametrize("task", ["flip_flop", "s3", "recall"])
+def test_errors_are_counted_by_answer_by_last_answer_and_by_sequence(task):
+    model = build_model("lstm", TASKS[task], StateTrackingArguments(), seed=0)
+    model.embedding.weight.data.zero_()  # With all logits equal, it answers 0.
+    result = state_tracking.test(model, TASKS[task], 60, 30)
+    asked = [
+        [target for target in example(TASKS[task], np.random.default_rng([2**32, 60, i]), 60)["labels"] if target >= 0]
+        for i in range(30)
+    ]
+    assert result["answers"] == sum(map(len, asked))
+    assert result["wrong"] == sum(target != 0 for targets in asked for target in targets)
+    assert result["last_wrong"] == sum(targets[-1] != 0 for targets in asked)
+    assert result["sequences_with_an_error"] == sum(any(targets) for targets in asked)
+
+
 @pytest.fixture
 def short_recall(monkeypatch):
     monkeypatch.setitem(TASKS, "recall", replace(TASKS["recall"], train_lengths=(30, 30)))
 
 
-def test_recall_asks_for_the_first_token_after_noise_and_then_silence():
-    tokens, targets = draw("recall", 500, 0)
+def test_recall_asks_twice_for_the_first_token_with_noise_between():
+    tokens, targets = draw("recall", 800, 0)
     task = TASKS["recall"]
-    assert targets == [-100] * 499 + [tokens[0]] and tokens[0] < task.num_classes
-    assert tokens[-1] == task.num_tokens - 1 and set(tokens[1:-1]) <= set(range(task.silence, task.num_tokens - 1))
-    assert 180 < tokens[:250].count(task.silence) < 220 and set(tokens[251:-1]) == {task.silence}
+    question = task.num_tokens - 1
+    assert {i: target for i, target in enumerate(targets) if target != -100} == {100: tokens[0], 799: tokens[0]}
+    assert tokens[0] < task.num_classes and [i for i, token in enumerate(tokens) if token == question] == [100, 799]
+    assert set(tokens[1:100]) == set(tokens[400:-1]) == {task.silence}
+    assert set(tokens[101:400]) <= set(range(task.silence + 1, question)) and len(set(tokens[101:400])) > 150
 
 
 def test_what_is_beyond_a_piece_is_learned_over_unbounded_context(short_recall, command):

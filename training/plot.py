@@ -38,21 +38,24 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
 
 
 def draw_lengths(runs: dict[str, list[dict]], trained: int, path: Path) -> None:
-    """Scaled accuracy against the length of the tested sequences: a line for each name, the mean of its runs (those of
-    `state_tracking.py`, one for each seed), down to the worst of which it is shaded. `trained`: the longest length in
-    training."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    """The loss of each run (those of `state_tracking.py`, one for each seed) in training, and scaled accuracy against
+    the length of the tested sequences: a line for each name, the mean of its runs, down to the worst of which it is
+    shaded. `trained`: the longest length in training."""
+    figure, (losses, axes) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, records in runs.items():
         lengths = [int(length) for length in records[0]["results"]]
-        curves = [[result["scaled"] for result in run["results"].values()] for run in records]
-        at_length = list(zip(*curves, strict=True))
-        mean = [sum(values) / len(values) for values in at_length]
-        (line,) = axes.plot(lengths, mean, label=name, marker="o", markersize=3)
-        axes.fill_between(lengths, list(map(min, at_length)), mean, color=line.get_color(), alpha=0.15)
+        scores = np.array([[result["scaled"] for result in run["results"].values()] for run in records])
+        (line,) = axes.plot(lengths, scores.mean(0), label=name, marker="o", markersize=3)
+        axes.fill_between(lengths, scores.min(0), scores.mean(0), color=line.get_color(), alpha=0.15)
+        for run in records:
+            steps = np.linspace(0, run["settings"]["max_steps"], len(run["losses"]) + 1)[1:]
+            losses.plot(steps, run["losses"], color=line.get_color(), linewidth=1)
+    losses.set(xlabel="training step", ylabel="loss in nats, sequences of training")
     axes.axvline(trained, color="black", linewidth=0.8, linestyle=":", label="longest in training")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="length in tokens", ylabel="scaled accuracy (0: chance)")
-    axes.grid(alpha=0.3)
     axes.legend()
+    for panel in (losses, axes):
+        panel.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -233,24 +233,23 @@ class FlipFlop(Task):
         return tokens, targets
 
 
-@dataclass(kw_only=True)
 class Recall(Task):
-    """The first token, asked for by the last; between them some `noise`, of as many kinds as there are tokens left, and
-    then silence (the copying problem of Hochreiter and Schmidhuber 1997, and Arjovsky et al. 2016, arXiv 1511.06464,
-    with one symbol).
+    """The first token, asked for an eighth into the sequence, after silence, and again by the last token, after noise
+    of all the kinds of tokens that are left, up to the middle, and silence (the copying problem of Hochreiter and
+    Schmidhuber 1997, and Arjovsky et al. 2016, arXiv 1511.06464, with one symbol).
 
-    What must be learned is to keep the noise out of the state, and no noise is near the question.
+    That the noise must be kept out of the state, nothing near a question tells. The first question is there to learn
+    from; so much noise would bury what it could teach.
     """
 
-    noise: float
-    """Its share of the tokens of the first half."""
-
     def draw(self, random, length):
-        first = int(random.integers(self.num_classes))
-        between = random.integers(self.silence + 1, self.num_tokens - 1, size=length - 2)
-        between[random.random(length - 2) >= self.noise] = self.silence
-        between[length // 2 :] = self.silence
-        return [first, *between.tolist(), self.num_tokens - 1], at_the_end(length, first)
+        symbol, question = int(random.integers(self.num_classes)), self.num_tokens - 1
+        first, middle = length // 8, length // 2
+        noise = random.integers(self.silence + 1, question, size=middle - first - 1).tolist()
+        tokens, targets = [self.silence] * length, [NOTHING] * length
+        tokens[0], tokens[first], tokens[first + 1 : middle], tokens[-1] = symbol, question, noise, question
+        targets[first] = targets[-1] = symbol
+        return tokens, targets
 
 
 TASKS: dict[str, Task] = {
@@ -267,9 +266,8 @@ TASKS: dict[str, Task] = {
         num_tokens=256,
         num_classes=8,
         silence=8,
-        noise=0.2,
-        train_lengths=(10_000, 10_000),
-        test_lengths=(10_000,),
+        train_lengths=(10_001, 10_001),
+        test_lengths=(10_001,),
         beyond=(),
     ),
 }
@@ -510,17 +508,18 @@ def train_and_test(
 def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
     """On the same `number` sequences of one length for every model; what has feedback is stepped."""
     model.eval()
-    answers = wrong = sequences_with_an_error = 0
+    answers = wrong = last_wrong = sequences_with_an_error = 0
     batch_size = max(1, 2**17 // length)
     for first in tqdm(range(0, number, batch_size), desc=f"length {length}", leave=False, disable=None):
         numbers = range(first, min(first + batch_size, number))
         batch = collate([example(task, np.random.default_rng([2**32, length, i]), length) for i in numbers])
         ids, targets = batch["input_ids"][:, :-1].to(model.device), batch["labels"][:, 1:].to(model.device)
-        errors = (model(input_ids=ids, use_cache=False, **stepped(model)).logits.argmax(-1) != targets) & (
-            targets != NOTHING
-        )
-        answers += int((targets != NOTHING).sum())
+        asked = targets != NOTHING
+        errors = (model(input_ids=ids, use_cache=False, **stepped(model)).logits.argmax(-1) != targets) & asked
+        last = asked.cumsum(1).argmax(1, keepdim=True)
+        answers += int(asked.sum())
         wrong += int(errors.sum())
+        last_wrong += int(errors.gather(1, last).sum())
         sequences_with_an_error += int(errors.any(1).sum())
     accuracy = 1 - wrong / answers
     return {
@@ -528,6 +527,7 @@ def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
         "scaled": task.scaled(accuracy),
         "answers": answers,
         "wrong": wrong,
+        "last_wrong": last_wrong,
         "sequences_with_an_error": sequences_with_an_error,
     }
 
