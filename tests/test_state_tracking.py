@@ -222,6 +222,7 @@ def test_every_task_can_be_trained_on(task, command):
 def test_errors_are_counted_by_answer_by_last_answer_and_by_sequence(task):
     model = build_model("lstm", TASKS[task], StateTrackingArguments(), seed=0)
     model.embedding.weight.data.zero_()  # With all logits equal, it answers 0.
+    # Imported by its own name, it would be collected as a test.
     result = state_tracking.test(model, TASKS[task], 60, 30)
     asked = [
         [target for target in example(TASKS[task], np.random.default_rng([2**32, 60, i]), 60)["labels"] if target >= 0]

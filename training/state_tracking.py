@@ -244,7 +244,7 @@ class Recall(Task):
 
     def draw(self, random, length):
         symbol, question = int(random.integers(self.num_classes)), self.num_tokens - 1
-        first, middle = length // 8, length // 2
+        first, middle = max(1, length // 8), length // 2
         noise = random.integers(self.silence + 1, question, size=middle - first - 1).tolist()
         tokens, targets = [self.silence] * length, [NOTHING] * length
         tokens[0], tokens[first], tokens[first + 1 : middle], tokens[-1] = symbol, question, noise, question
@@ -516,6 +516,7 @@ def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
         ids, targets = batch["input_ids"][:, :-1].to(model.device), batch["labels"][:, 1:].to(model.device)
         asked = targets != NOTHING
         errors = (model(input_ids=ids, use_cache=False, **stepped(model)).logits.argmax(-1) != targets) & asked
+        # The first place with as many questions up to it as there are.
         last = asked.cumsum(1).argmax(1, keepdim=True)
         answers += int(asked.sum())
         wrong += int(errors.sum())
