@@ -150,6 +150,18 @@ class Additive:
     rows, parts = 1, 2
     """Of a half of the state, and of its pre-activations."""
 
+    GATE_BIAS = -6
+    """So what cannot be forgotten is added in steps of 1/400 at first, and an empty input moves an untrained state in
+    hundreds of steps and not in a few. (The input gates of Tallec and Ollivier 2018, arXiv 1804.11188, start at -log T,
+    with T spread up to the longest dependency; here T is 400 for all.)"""
+
+    @classmethod
+    def initial_bias(cls, size: int) -> torch.Tensor:
+        """Of the pre-activations of a half, `[parts, S]`."""
+        bias = torch.zeros(cls.parts, size, dtype=torch.float64)
+        bias[1] = cls.GATE_BIAS
+        return bias
+
     @staticmethod
     def increment(a: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         q, p = a.chunk(2, -1)
@@ -189,6 +201,15 @@ class Forgetting:
     """
 
     rows, parts = 2, 3
+
+    LONGEST_HORIZON = 32
+    """The gates start out with horizons that are spread between 1 and this; see `Magnitude`."""
+
+    @classmethod
+    def initial_bias(cls, size: int) -> torch.Tensor:
+        bias, places = torch.zeros(cls.parts, size, dtype=torch.float64), torch.arange(size, dtype=torch.float64)
+        bias[2] = -torch.expm1(cls.LONGEST_HORIZON ** -((places + 0.5) / size)).log()
+        return bias
 
     @staticmethod
     def gate_and_increment(a: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -519,9 +540,6 @@ class ReversibleCell(nn.Module):
         form: `"additive"` or `"forgetting"`; see `FORMS`.
     """
 
-    LONGEST_HORIZON = 32
-    """The gates of the forgetting form start out with horizons that are spread between 1 and this; see `Magnitude`."""
-
     def __init__(self, input_size: int, state_size: int, form: str = "additive"):
         super().__init__()
         if form not in FORMS:
@@ -535,11 +553,7 @@ class ReversibleCell(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float | None = None) -> None:
         init.normal_(self.state_weight, std=self.state_size**-0.5 if std is None else std)
-        bias = torch.zeros(2, self.form.parts, self.state_size, dtype=torch.float64)
-        if self.form is Forgetting:
-            places = (torch.arange(self.state_size, dtype=torch.float64) + 0.5) / self.state_size
-            bias[:, 2] = -torch.expm1(self.LONGEST_HORIZON**-places).log()
-        init.copy_(self.x_proj.bias, bias.flatten())
+        init.copy_(self.x_proj.bias, self.form.initial_bias(self.state_size).repeat(2, 1).flatten())
 
     def initial_state(self, batch: int) -> torch.Tensor:
         """The empty state `[B, 2, R, S]`."""

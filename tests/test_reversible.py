@@ -11,6 +11,7 @@ from modeling_stateful_gpt.reversible import (
     FORMS,
     GATE_BITS,
     WORD_BITS,
+    Forgetting,
     KeyValueMemory,
     ReversibleCell,
     Words,
@@ -224,8 +225,18 @@ def test_an_unknown_form_is_refused():
 def test_gates_start_with_horizons_from_one_step_to_the_longest():
     bias = ReversibleCell(3, 64, "forgetting").x_proj.bias.view(2, 3, 64)
     horizons = -1 / bias[:, 2].sigmoid().log()
-    assert horizons.min() > 1 and horizons.max() < ReversibleCell.LONGEST_HORIZON and not bias[:, :2].any()
+    assert horizons.min() > 1 and horizons.max() < Forgetting.LONGEST_HORIZON and not bias[:, :2].any()
     torch.testing.assert_close(horizons[0].log().diff(), torch.full((63,), horizons[0].log().diff()[0].item()))
+
+
+@torch.no_grad()
+def test_an_untrained_additive_state_holds_what_came_first_through_silence():
+    torch.manual_seed(0)
+    made, x = ReversibleCell(16, 16), torch.zeros(4, 300, 16)
+    x[:, 0] = torch.randn(4, 16)
+    outputs, *_ = made(x)
+    after = outputs.norm(dim=-1)
+    assert after[:, 0].min() > 1e-3 and (after[:, -1] < 2 * after[:, 0]).all()
 
 
 @pytest.mark.parametrize("form", FORMS)

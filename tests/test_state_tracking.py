@@ -218,8 +218,8 @@ def test_every_task_can_be_trained_on(task, command):
     assert all(result["answers"] >= 8 for result in record["results"].values())
 
 
-@pytest.mark.parametrize("task", ["flip_flop", "s3", "recall"])
-def test_errors_are_counted_by_answer_by_last_answer_and_by_sequence(task):
+@pytest.mark.parametrize("task", ["flip_flop", "s3"])
+def test_errors_are_counted_by_answer_and_by_sequence(task):
     model = build_model("lstm", TASKS[task], StateTrackingArguments(), seed=0)
     model.embedding.weight.data.zero_()  # With all logits equal, it answers 0.
     # Imported by its own name, it would be collected as a test.
@@ -230,30 +230,50 @@ def test_errors_are_counted_by_answer_by_last_answer_and_by_sequence(task):
     ]
     assert result["answers"] == sum(map(len, asked))
     assert result["wrong"] == sum(target != 0 for targets in asked for target in targets)
-    assert result["last_wrong"] == sum(targets[-1] != 0 for targets in asked)
     assert result["sequences_with_an_error"] == sum(any(targets) for targets in asked)
 
 
 @pytest.fixture
 def short_recall(monkeypatch):
-    monkeypatch.setitem(TASKS, "recall", replace(TASKS["recall"], train_lengths=(30, 30)))
+    monkeypatch.setitem(TASKS, "recall", replace(TASKS["recall"], train_lengths=(15, 30), noise=10))
 
 
-def test_recall_asks_twice_for_the_first_token_with_noise_between():
-    tokens, targets = draw("recall", 800, 0)
+@given(length=st.integers(2, 11_000), seed=st.integers(0, 1000))
+def test_recall_asks_at_the_end_for_the_first_token_after_noise_and_silence(length, seed):
+    tokens, targets = draw("recall", length, seed)
     task = TASKS["recall"]
     question = task.num_tokens - 1
-    assert {i: target for i, target in enumerate(targets) if target != -100} == {100: tokens[0], 799: tokens[0]}
-    assert tokens[0] < task.num_classes and [i for i, token in enumerate(tokens) if token == question] == [100, 799]
-    assert set(tokens[1:100]) == set(tokens[400:-1]) == {task.silence}
-    assert set(tokens[101:400]) <= set(range(task.silence + 1, question)) and len(set(tokens[101:400])) > 150
+    assert len(tokens) == length and targets == [-100] * (length - 1) + [tokens[0]]
+    assert tokens[0] < task.num_classes and tokens.index(question) == length - 1
+    noise = [token for token in tokens[1:-1] if token != task.silence]
+    assert tokens[1 : 1 + len(noise)] == noise and task.silence + 1 <= min(noise, default=task.silence + 1)
+    assert len(noise) <= task.noise and (length < task.train_lengths[1] or len(set(noise)) > 200)
 
 
-def test_what_is_beyond_a_piece_is_learned_over_unbounded_context(short_recall, command):
-    more = ["--tasks=recall", "--models=reversible", "--chunk_size=10", "--max_steps=60", "--test_lengths", "30"]
+def test_what_is_recalled_is_never_in_the_piece_of_the_question_and_lengths_grow_to_all_of_them():
+    task, piece = TASKS["recall"], StateTrackingArguments().chunk_size
+    data = FreshSequences(task, 4000, seed=0, curriculum=0.5)
+    assert task.train_lengths[0] > piece and [data.longest(share) for share in (0, 0.25, 0.5, 1)] == [
+        1_100, 3_317, 10_001, 10_001
+    ]  # fmt: skip
+    sizes = np.array([len(data[i]["input_ids"]) - 1 for i in range(0, 4000, 10)])
+    assert sizes.min() >= 1_100 and sizes[:20].max() < 1_350 and sizes.max() <= 10_001
+    assert sizes[200:].mean() == pytest.approx((1_100 + 10_001) / 2, rel=0.1)
+    # Little noise where they are short, all of it where they are longest.
+    assert [sum(t > task.silence for t in draw("recall", length, 0)[0][:-1]) for length in (1_100, 20_000)] == [
+        12,
+        1_000,
+    ]
+
+
+def test_what_is_beyond_a_piece_is_learned_over_unbounded_context(short_recall, command, tmp_path):
+    more = ["--tasks=recall", "--models=reversible", "--chunk_size=10", "--max_steps=80", "--test_lengths", "30"]
     more += ["--hidden_size=32", "--test_sequences=64", "--warmup_steps=10"]
     (learned,) = command(*more, "--context=unbounded")
     assert learned["results"]["30"]["scaled"] > 0.8
+    command(*more, "--context=truncated", "--output_dir", str(tmp_path / "truncated"))
+    cut = json.loads((tmp_path / "truncated/runs.jsonl").read_text())
+    assert cut["results"]["30"]["scaled"] < learned["results"]["30"]["scaled"] - 0.1
     with pytest.raises(RunError, match="context: 'unbounded' then"):
         command(*more, "--context=truncated")
 

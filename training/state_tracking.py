@@ -80,6 +80,18 @@ class Task:
         the target when this token has been read, or `NOTHING`."""
         raise NotImplementedError
 
+    def longest(self, grown: float) -> int:
+        """The greatest length in training, after a share of the time in which it grows."""
+        shortest, longest = self.train_lengths
+        return shortest + round(grown * (longest - shortest))
+
+    def train_length(self, random: np.random.Generator, longest: int) -> int:
+        """The length of a sequence of training, up to `longest`. Short ones are frequent: it is uniform from the
+        shortest to a bound that is itself uniform."""
+        shortest = self.train_lengths[0]
+        bound = random.integers(shortest, longest + 1)
+        return int(random.integers(shortest, bound + 1))
+
     @property
     def vocab_size(self) -> int:
         return max(self.num_tokens, self.num_classes)
@@ -233,23 +245,34 @@ class FlipFlop(Task):
         return tokens, targets
 
 
+@dataclass(kw_only=True)
 class Recall(Task):
-    """The first token, asked for an eighth into the sequence, after silence, and again by the last token, after noise
-    of all the kinds of tokens that are left, up to the middle, and silence (the copying problem of Hochreiter and
-    Schmidhuber 1997, and Arjovsky et al. 2016, arXiv 1511.06464, with one symbol).
+    """The first token, asked for by the last, after noise of all the kinds of tokens that are left, and silence (the
+    copying problem of Hochreiter and Schmidhuber 1997, and Arjovsky et al. 2016, arXiv 1511.06464, with one symbol).
 
-    That the noise must be kept out of the state, nothing near a question tells. The first question is there to learn
-    from; so much noise would bury what it could teach.
+    Longer sequences have more noise: through much of it gradients get lost until the model keeps it out, which it can
+    learn from little.
     """
+
+    noise: int
+    """How many tokens of it are in the longest sequences of training, and in longer ones; below, it goes with the
+    square of the length."""
 
     def draw(self, random, length):
         symbol, question = int(random.integers(self.num_classes)), self.num_tokens - 1
-        first, middle = max(1, length // 8), length // 2
-        noise = random.integers(self.silence + 1, question, size=middle - first - 1).tolist()
-        tokens, targets = [self.silence] * length, [NOTHING] * length
-        tokens[0], tokens[first], tokens[first + 1 : middle], tokens[-1] = symbol, question, noise, question
-        targets[first] = targets[-1] = symbol
-        return tokens, targets
+        amount = int(self.noise * min(1, length / self.train_lengths[1]) ** 2)
+        noise = random.integers(self.silence + 1, question, size=amount).tolist()
+        tokens = [symbol, *noise, *[self.silence] * (length - amount - 2), question]
+        return tokens, at_the_end(length, symbol)
+
+    def longest(self, grown):
+        """Geometric, so that most of the training is on what takes little time."""
+        shortest, longest = self.train_lengths
+        return round(shortest * (longest / shortest) ** grown)
+
+    def train_length(self, random, longest):
+        """Uniform: a batch takes the time of its longest sequence."""
+        return int(random.integers(self.train_lengths[0], longest + 1))
 
 
 TASKS: dict[str, Task] = {
@@ -266,7 +289,9 @@ TASKS: dict[str, Task] = {
         num_tokens=256,
         num_classes=8,
         silence=8,
-        train_lengths=(10_001, 10_001),
+        # Longer than a piece of the default size, so that what is asked for is never in that of the question.
+        train_lengths=(1_100, 10_001),
+        noise=1_000,
         test_lengths=(10_001,),
         beyond=(),
     ),
@@ -289,8 +314,7 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class FreshSequences(Dataset):
-    """Never the same sequence twice. Short ones are frequent: lengths are uniform from the task's shortest up to a
-    bound that is itself uniform up to a longest, which grows to that of the task over the first `curriculum` (a share)
+    """Never the same sequence twice. The longest length grows to that of the task over the first `curriculum` (a share)
     of the training."""
 
     def __init__(self, task: Task, size: int, seed: int, curriculum: float):
@@ -301,16 +325,14 @@ class FreshSequences(Dataset):
 
     def longest(self, progress: float) -> int:
         """After a share of the training."""
-        shortest, longest = self.task.train_lengths
-        return shortest + round(min(1.0, progress / max(self.curriculum, 1e-9)) * (longest - shortest))
+        return self.task.longest(min(1.0, progress / max(self.curriculum, 1e-9)))
 
     def __getitem__(self, index: int) -> dict:
         return self.draw(index, self.longest(index / self.size))
 
     def draw(self, index: int, longest: int) -> dict:
-        random, shortest = np.random.default_rng([self.seed, index]), self.task.train_lengths[0]
-        bound = random.integers(shortest, longest + 1)
-        return example(self.task, random, int(random.integers(shortest, bound + 1)))
+        random = np.random.default_rng([self.seed, index])
+        return example(self.task, random, self.task.train_length(random, longest))
 
 
 class RevisitedSequences(FreshSequences):
@@ -508,7 +530,7 @@ def train_and_test(
 def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
     """On the same `number` sequences of one length for every model; what has feedback is stepped."""
     model.eval()
-    answers = wrong = last_wrong = sequences_with_an_error = 0
+    answers = wrong = sequences_with_an_error = 0
     batch_size = max(1, 2**17 // length)
     for first in tqdm(range(0, number, batch_size), desc=f"length {length}", leave=False, disable=None):
         numbers = range(first, min(first + batch_size, number))
@@ -516,11 +538,8 @@ def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
         ids, targets = batch["input_ids"][:, :-1].to(model.device), batch["labels"][:, 1:].to(model.device)
         asked = targets != NOTHING
         errors = (model(input_ids=ids, use_cache=False, **stepped(model)).logits.argmax(-1) != targets) & asked
-        # The first place with as many questions up to it as there are.
-        last = asked.cumsum(1).argmax(1, keepdim=True)
         answers += int(asked.sum())
         wrong += int(errors.sum())
-        last_wrong += int(errors.gather(1, last).sum())
         sequences_with_an_error += int(errors.any(1).sum())
     accuracy = 1 - wrong / answers
     return {
@@ -528,7 +547,6 @@ def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
         "scaled": task.scaled(accuracy),
         "answers": answers,
         "wrong": wrong,
-        "last_wrong": last_wrong,
         "sequences_with_an_error": sequences_with_an_error,
     }
 
