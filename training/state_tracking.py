@@ -81,9 +81,10 @@ class Task:
         raise NotImplementedError
 
     def longest(self, grown: float) -> int:
-        """The greatest length in training, after a share of the time in which it grows."""
+        """The greatest length in training, after a share of the time in which it grows: geometrically, so that most of
+        it goes to what takes little time."""
         shortest, longest = self.train_lengths
-        return shortest + round(grown * (longest - shortest))
+        return round(shortest * (longest / shortest) ** grown)
 
     def train_length(self, random: np.random.Generator, longest: int) -> int:
         """The length of a sequence of training, up to `longest`. Short ones are frequent: it is uniform from the
@@ -265,11 +266,6 @@ class Recall(Task):
         tokens = [symbol, *noise, *[self.silence] * (length - amount - 2), question]
         return tokens, at_the_end(length, symbol)
 
-    def longest(self, grown):
-        """Geometric, so that most of the training is on what takes little time."""
-        shortest, longest = self.train_lengths
-        return round(shortest * (longest / shortest) ** grown)
-
     def train_length(self, random, longest):
         """Uniform: a batch takes the time of its longest sequence."""
         return int(random.integers(self.train_lengths[0], longest + 1))
@@ -371,7 +367,10 @@ MODELS: dict[str, Preset | None] = {
     **{name: PRESETS[name] for name in ("reversible", "reversible_forgetting")},
     "token_shift": replace(PRESETS["token_shift"], decoder=NO_POSITIONS),
     "stateful": Preset(NO_POSITIONS, {"feedback": "gated_add", "num_groups": 16}),
-    "stateful_sequential": Preset(NO_POSITIONS, {"feedback": "gated_add", "training_solver": "sequential"}),
+    # The noise teaches it to mend small errors, which in sequences longer than those of training would add up.
+    "stateful_sequential": Preset(
+        NO_POSITIONS, {"feedback": "gated_add", "training_solver": "sequential", "feedback_noise": 0.1}
+    ),
     # Of one pass alone, through which no gradient reaches the state before, not every seed makes a start.
     "warm_start": Preset(NO_POSITIONS, {**PRESETS["warm_start"].stateful, "pass_probabilities": [0.4, 0.4, 0.2]}, True),
     "lstm": None,
