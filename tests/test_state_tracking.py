@@ -149,6 +149,7 @@ def test_the_loss_compares_what_is_said_at_a_token_with_what_is_asked_there(name
 
 def test_training_sequences_are_new_and_become_longer():
     data = FreshSequences(TASKS["s5"], 1000, seed=0, curriculum=0.5)
+    assert [data.longest(progress) for progress in (0, 0.25, 0.5, 1)] == [3, 15, 80, 80]
     sizes = [len(data[i]["input_ids"]) - 1 for i in range(len(data))]
     assert max(sizes[:50]) < 20 and min(sizes) == 3 and 75 < max(sizes) <= 80
     # Half as far from the shortest as the mean bound is.

@@ -81,8 +81,8 @@ class Task:
         raise NotImplementedError
 
     def longest(self, grown: float) -> int:
-        """The greatest length in training, after a share of the time in which it grows: geometrically, so that most of
-        it goes to what takes little time."""
+        """The greatest length in training, after a share of the time in which it grows: geometrically, so that half of
+        that time is spent on lengths below the geometric mean of the shortest and the longest."""
         shortest, longest = self.train_lengths
         return round(shortest * (longest / shortest) ** grown)
 
