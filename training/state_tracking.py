@@ -71,7 +71,7 @@ class Task:
     num_classes: int
     train_lengths: tuple[int, int] = (3, 40)
     test_lengths: tuple[int, ...] = (40, 64, 96, 128, 192, 256)
-    beyond: tuple[int, ...] = (512, 2048)
+    beyond: tuple[int, ...] = (512,)
     silence: int | None = None
     """A token whose embedding is 0 and stays so."""
 
@@ -200,7 +200,6 @@ class GroupWords(Task):
             num_classes=len(elements),
             train_lengths=(3, 80),
             test_lengths=(80, 128, 256),
-            beyond=(512,),
         )
         number = {element: i for i, element in enumerate(elements)}
         self.elements = elements
@@ -272,7 +271,7 @@ class Recall(Task):
 
 
 TASKS: dict[str, Task] = {
-    "parity": FinalAnswer(num_tokens=2, num_classes=2, answer=parity),
+    "parity": FinalAnswer(num_tokens=2, num_classes=2, answer=parity, beyond=(512, 2048)),
     "even_pairs": FinalAnswer(num_tokens=2, num_classes=2, answer=even_pairs),
     "cycle_navigation": FinalAnswer(num_tokens=3, num_classes=5, answer=cycle_navigation),
     "modular_arithmetic": ModularArithmetic(num_tokens=len(SYMBOLS), num_classes=MODULUS),
@@ -359,6 +358,7 @@ class RevisitedSequences(FreshSequences):
 # ---- Models ----
 
 NO_POSITIONS = {"position_embedding_type": "none"}
+SEQUENTIAL = {"feedback": "gated_add", "training_solver": "sequential"}
 
 MODELS: dict[str, Preset | None] = {
     "gpt": PRESETS["gpt"],
@@ -367,10 +367,9 @@ MODELS: dict[str, Preset | None] = {
     **{name: PRESETS[name] for name in ("reversible", "reversible_forgetting")},
     "token_shift": replace(PRESETS["token_shift"], decoder=NO_POSITIONS),
     "stateful": Preset(NO_POSITIONS, {"feedback": "gated_add", "num_groups": 16}),
+    "stateful_sequential": Preset(NO_POSITIONS, SEQUENTIAL),
     # The noise teaches it to mend small errors, which in sequences longer than those of training would add up.
-    "stateful_sequential": Preset(
-        NO_POSITIONS, {"feedback": "gated_add", "training_solver": "sequential", "feedback_noise": 0.1}
-    ),
+    "stateful_noise": Preset(NO_POSITIONS, {**SEQUENTIAL, "feedback_noise": 0.1}),
     # Of one pass alone, through which no gradient reaches the state before, not every seed makes a start.
     "warm_start": Preset(NO_POSITIONS, {**PRESETS["warm_start"].stateful, "pass_probabilities": [0.4, 0.4, 0.2]}, True),
     "lstm": None,
@@ -560,6 +559,8 @@ def settings_of(
     )
     settings = {name: getattr(training, name) for name in of_training}
     settings |= {k: v for k, v in asdict(arguments).items() if k not in ("tasks", "models", "seeds")}
+    # At the beginning, half-way and at the end of the time in which it grows.
+    settings["longest_in_training"] = [TASKS[task].longest(grown) for grown in (0, 0.5, 1)]
     preset = preset_of(model, TASKS[task])
     settings["preset"] = None if preset is None else asdict(preset)
     return json.loads(json.dumps(settings, default=str))
