@@ -203,6 +203,7 @@ def test_every_model_is_trained_and_tested_once(command, tmp_path, capsys):
     assert [(r["model"], r["seed"]) for r in records] == [(model, seed) for model in MODELS for seed in (0, 1)]
     for record in records:
         assert set(record["results"]) == {"12", "20"} and np.isfinite(record["losses"]).all()
+        assert record["settings"]["longest_in_training"] == [3, 11, 40]
         for result in record["results"].values():
             assert result["answers"] == 8 and result["accuracy"] == 1 - result["wrong"] / 8
             assert result["scaled"] == pytest.approx(2 * result["accuracy"] - 1)
