@@ -214,6 +214,21 @@ def test_every_model_is_trained_and_tested_once(command, tmp_path, capsys):
     assert command("--models", "lstm", "--seeds", "0", "2")[:-1] == records
 
 
+def test_the_overview_has_the_worst_seed_of_every_model_in_every_task(command, tmp_path, capsys):
+    records = command("--tasks", "parity", "s3", "--models", "gpt", "lstm", "--seeds", "0", "1")
+    scores = state_tracking.scores_of(records)
+    assert list(scores) == ["gpt", "lstm"]
+    for model, of_model in scores.items():
+        assert list(of_model) == ["parity", "s3"]
+        for task, score in of_model.items():
+            runs = [r["results"].values() for r in records if (r["model"], r["task"]) == (model, task)]
+            assert score == min(np.mean([result["scaled"] for result in run]) for run in runs)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for model, of_model in scores.items():
+        assert ["│", model, *(x for score in of_model.values() for x in ("│", f"{score:.2f}")), "│"] in rows
+    assert (tmp_path / "runs/overview.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("task", sorted(set(TASKS) - {"recall"}))
 def test_every_task_can_be_trained_on(task, command):
     (record,) = command("--tasks", task, "--models", "stateful")

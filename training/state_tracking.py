@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from plot import draw_lengths
+from plot import draw_lengths, draw_scores
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -358,7 +358,7 @@ class RevisitedSequences(FreshSequences):
 # ---- Models ----
 
 NO_POSITIONS = {"position_embedding_type": "none"}
-SEQUENTIAL = {"feedback": "gated_add", "training_solver": "sequential"}
+SEQUENTIAL = {**PRESETS["stateful"].stateful, "training_solver": "sequential"}
 
 MODELS: dict[str, Preset | None] = {
     "gpt": PRESETS["gpt"],
@@ -366,7 +366,7 @@ MODELS: dict[str, Preset | None] = {
     **{name: PRESETS[name] for name in ("gateloop", "gateloop_signed", "gateloop_positive", "hybrid")},
     **{name: PRESETS[name] for name in ("reversible", "reversible_forgetting")},
     "token_shift": replace(PRESETS["token_shift"], decoder=NO_POSITIONS),
-    "stateful": Preset(NO_POSITIONS, {"feedback": "gated_add", "num_groups": 16}),
+    "stateful": Preset(NO_POSITIONS, {**PRESETS["stateful"].stateful, "num_groups": 16}),
     "stateful_sequential": Preset(NO_POSITIONS, SEQUENTIAL),
     # The noise teaches it to mend small errors, which in sequences longer than those of training would add up.
     "stateful_sequential_noise": Preset(NO_POSITIONS, {**SEQUENTIAL, "feedback_noise": 0.1}),
@@ -450,7 +450,7 @@ class StateTrackingArguments:
     num_hidden_layers: int = 1
     num_attention_heads: int = 4
     curriculum: float = field(
-        default=1.0, metadata={"help": "Share of the training during which the longest sequences become longer."}
+        default=0.8, metadata={"help": "Share of the training during which the longest sequences become longer."}
     )
     warm_start_epochs: int = field(
         default=100, metadata={"help": "How often warm_start visits its sequences; the others never see one twice."}
@@ -616,16 +616,26 @@ def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) 
     return json.loads(json.dumps(runs))
 
 
+def tested_lengths(task: str, run: dict) -> list[str]:
+    """Those of the published tables, or all where none of them was tested."""
+    return [n for n in run["results"] if int(n) not in TASKS[task].beyond] or list(run["results"])
+
+
+def score(run: dict) -> float:
+    """Scaled accuracy, the mean over the lengths."""
+    return mean(run["results"][n]["scaled"] for n in tested_lengths(run["task"], run))
+
+
 def show_table(task: str, runs: list[dict]) -> None:
     """A row for each model; the tests are those of the published tables, and the longest sequences beyond them."""
-    lengths = [n for n in runs[0]["results"] if int(n) not in TASKS[task].beyond] or list(runs[0]["results"])
+    lengths = tested_lengths(task, runs[0])
     longest = max(runs[0]["results"], key=int)
     title = f"{task}: scaled accuracy, mean over the lengths {', '.join(lengths)}; and at {longest}"
     columns = ("model", "parameters", "CPU seconds", "worst seed", "mean", "wrong answers", f"{longest}, worst seed")
     table = Table(*columns, title=title)
     for model in dict.fromkeys(run["model"] for run in runs):
         seeds = [run for run in runs if run["model"] == model]
-        scores = [mean(run["results"][n]["scaled"] for n in lengths) for run in seeds]
+        scores = [score(run) for run in seeds]
         wrong, answers = (sum(run["results"][n][k] for run in seeds for n in lengths) for k in ("wrong", "answers"))
         table.add_row(
             model,
@@ -636,6 +646,24 @@ def show_table(task: str, runs: list[dict]) -> None:
             f"{wrong:,} of {answers:,}",
             f"{min(run['results'][longest]['scaled'] for run in seeds):.3f}",
         )
+    console.print(table)
+
+
+def scores_of(runs: list[dict]) -> dict[str, dict[str, float]]:
+    """The worst seed's score of each model in each task."""
+    scores: dict[str, dict[str, float]] = {}
+    for run in runs:
+        of_model = scores.setdefault(run["model"], {})
+        of_model[run["task"]] = min(score(run), of_model.get(run["task"], math.inf))
+    return scores
+
+
+def show_overview(runs: list[dict]) -> None:
+    """A row for each model, a column for each task."""
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    table = Table("model", *tasks, title="scaled accuracy, mean over the lengths, worst seed")
+    for model, scores in scores_of(runs).items():
+        table.add_row(model, *(f"{scores[task]:.2f}" for task in tasks))
     console.print(table)
 
 
@@ -656,6 +684,11 @@ def main() -> None:
         picture = Path(training.output_dir, f"{task}.png")
         draw_lengths(models, TASKS[task].train_lengths[1], picture)
         console.print(f"Accuracy against length: {picture}")
+    if len(arguments.tasks) > 1:
+        show_overview(runs)
+        picture = Path(training.output_dir, "overview.png")
+        draw_scores(scores_of(runs), picture)
+        console.print(f"All tasks and models: {picture}")
 
 
 if __name__ == "__main__":
