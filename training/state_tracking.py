@@ -471,7 +471,7 @@ class StateTrackingArguments:
 class StateTrackingTraining(TrainArguments):
     learning_rate: float = 3e-3
     max_steps: int = 1000
-    per_device_train_batch_size: int = 128
+    per_device_train_batch_size: int = 64
     weight_decay: float = 0.0
     eval_strategy: str = "no"
     eval_on_start: bool = False
