@@ -229,6 +229,12 @@ def test_the_overview_has_the_worst_seed_of_every_model_in_every_task(command, t
     assert (tmp_path / "runs/overview.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("steps", [1, 5, 7])
+def test_a_warm_start_visits_its_sequences_in_whole_batches(steps, command):
+    (record,) = command("--models", "warm_start", f"--max_steps={steps}")
+    assert record["settings"]["max_steps"] == steps and np.isfinite(list(record["results"]["12"].values())).all()
+
+
 @pytest.mark.parametrize("task", sorted(set(TASKS) - {"recall"}))
 def test_every_task_can_be_trained_on(task, command):
     (record,) = command("--tasks", task, "--models", "stateful")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from itertools import pairwise
@@ -16,10 +17,13 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from compare import CompareArguments, paired_difference, parse_comparison, plan, tabulate, without_evaluation
 from compare import main as compare_main
-from compare import paired_difference, parse_comparison, plan
 from data import byte_tokenizer, sample_blocks, token_blocks
 from evaluate import evaluate, mean_nats
+from hypothesis import given
+from hypothesis import strategies as st
+from records import append_record, read_records
 from safetensors.torch import load, load_file, save_file
 from train import (
     PRESETS,
@@ -442,6 +446,10 @@ def test_a_comparison_tabulates_draws_samples_and_resumes(text_files, tmp_path, 
     assert "trained" in printed and "worst" in printed and "def " in printed
     compare_main()
     assert lines(folder / "comparison.jsonl") == records and lines(folder / "evaluations.jsonl") == made
+    # A kill has cut the last line short.
+    os.truncate(folder / "comparison.jsonl", (folder / "comparison.jsonl").stat().st_size - 9)
+    compare_main()
+    assert lines(folder / "comparison.jsonl") == records
     monkeypatch.setattr(sys, "argv", [*arguments, *options(text_files, folder, "--weight_decay=0")])
     with pytest.raises(RunError, match="other settings"):
         compare_main()
@@ -454,6 +462,55 @@ def test_a_comparison_tabulates_draws_samples_and_resumes(text_files, tmp_path, 
 def test_arms_that_cannot_be_compared_are_refused(second, message, tmp_path):
     with pytest.raises(RunError, match=message):
         plan(*parse_comparison(["--arms", "gpt", second, "--output_dir", str(tmp_path / "x")]))
+
+
+def test_an_arm_with_another_tokenizer_is_refused_before_anything_is_trained(text_files, tmp_path, monkeypatch):
+    train(*parse(options(text_files, tmp_path / "bytes", "--preset=gpt")))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["def"])
+    tokenizer.save_pretrained(tmp_path / "words")
+    train(*parse(options(text_files, tmp_path / "other", "--preset=gpt", f"--tokenizer_name={tmp_path / 'words'}")))
+    for name, message in (("other", "another tokenizer than 'gpt'"), ("missing", "cannot be loaded"), ("bytes", None)):
+        arms = ["--arms", "gpt", f"gpt --model_name_or_path {tmp_path / name}", "--sample_tokens=5"]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *arms, *options(text_files, tmp_path / "all")])
+        if message is None:
+            compare_main()
+        else:
+            with pytest.raises(RunError, match=message):
+                compare_main()
+            assert not (tmp_path / "all").exists()
+
+
+def test_arms_that_read_documents_and_blocks_can_be_compared(text_files, tmp_path, monkeypatch):
+    arms = ["--arms", "reversible --context unbounded --chunk_size 64", "reversible", "--sample_tokens=5"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arms, *options(text_files, tmp_path / "all", "--max_steps=2")])
+    compare_main()
+    assert len(lines(tmp_path / "all/comparison.jsonl")) == 2
+
+
+def test_what_is_no_number_and_what_cannot_be_said_leave_no_trace_in_the_table():
+    diverged = {"arm": "gpt", "log": [{"eval_loss": float("nan")}], "bits_per_byte": {"exact": float("nan")}}
+    assert without_evaluation(json.loads(json.dumps(diverged))) == without_evaluation(diverged)
+    bits = {"one_pass": 3.0, "trained_passes": None, "exact": 2.0}
+    record = {"arm": "warm_start", "parameters": 1, "tokens": 2, "seconds": 3, "bits_per_byte": bits}
+    rows = tabulate(CompareArguments(arms=["warm_start"]), [record])
+    assert rows[1][-4:-1] == ["3.0000", "", "2.0000"]
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=3), st.integers()), min_size=1, max_size=4), st.integers(1, 200))
+def test_records_survive_a_kill_in_the_middle_of_a_line(records, cut):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "records.jsonl")
+        assert read_records(file) == []
+        for record in records:
+            append_record(file, record)
+        assert read_records(file) == records == lines(file)
+        size = file.stat().st_size
+        os.truncate(file, max(0, size - cut))
+        kept = read_records(file)
+        assert kept == records[: len(kept)] and (len(kept) == len(records) - 1 or cut > len(json.dumps(records[-1])))
+        append_record(file, {"next": 1})
+        assert lines(file) == [*kept, {"next": 1}]
 
 
 def test_arms_read_the_same_text_in_the_same_order_and_what_goes_on_reads_on(tmp_path):
@@ -512,6 +569,7 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     refused(text_files, tmp_path, "--preset=gpt", "--decoder_config", '{"max_position_embeddings": 16}',
             message="--block_size 32 is more than the model's max_position_embeddings")  # fmt: skip
     refused(text_files, tmp_path, "--stateful_config", '{"num_passes": 0}', message="num_passes is 0")
+    refused(text_files, tmp_path, "--stateful_config", '{"num_no_grad_passes": 0}', message="A single pass without")
     refused(text_files, tmp_path, "--stateful_config", '{"feedback": "concat"}', message="'concat' does not exist")
     refused(text_files, tmp_path, "--trainable=fusion", message="is for feedback around a checkpoint")
     for preset in ("gpt", "token_shift"):
@@ -541,6 +599,8 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(text_files, tm
     train(*parse(options(text_files, tmp_path / "run")))
     with pytest.raises(RunError, match=r"other settings \(hidden_size: 32 then, 64 now\)"):
         train(*parse(options(text_files, tmp_path / "run", "--hidden_size=64")))
+    with pytest.raises(RunError, match=r"load_best_model_at_end: False then, True now"):
+        train(*parse(options(text_files, tmp_path / "run", "--load_best_model_at_end=true", "--save_steps=3")))
 
 
 def test_a_damaged_checkpoint_of_the_run_itself_is_named(text_files, tmp_path):

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from evaluate import evaluate
 from plot import draw
+from records import append_record, read_records
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -39,13 +40,14 @@ from train import (
     RunError,
     TrainArguments,
     TrainingData,
-    build_model,
-    check_context,
-    check_step_per_pass,
+    check_folder,
+    checked_model,
     load_model,
+    load_tokenizer,
     parse,
     prepare_data,
     run_command,
+    settings_of,
     train,
     warm_start,
 )
@@ -130,8 +132,7 @@ class WriteEvaluations(TrainerCallback):
             line = {"arm": self.run.arm, "seed": self.run.seed, "step": state.global_step}
             line |= {name: metrics[name] for name in ("tokens", "train_seconds", "eval_loss")}
             line["bits_per_byte"] = metrics["eval_loss"] / math.log(2) / self.data().report["bytes_per_token"]
-            with (self.run.folder.parent / "evaluations.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_record(self.run.folder.parent / "evaluations.jsonl", line)
 
 
 def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
@@ -143,15 +144,11 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
     records_file = folder / "comparison.jsonl"
     if folder.exists() and any(folder.iterdir()) and not any(folder.glob("*/run.json")):
         raise RunError(f"{folder} holds something that is not a comparison; use another --output_dir.")
-    records = [json.loads(line) for line in records_file.read_text().splitlines()] if records_file.exists() else []
-    data = cache(lambda: prepare_data(runs[0].data, runs[0].model.model_name_or_path))
-    for run in runs:
-        # What is wrong with the last arm is said before hours are spent on the first.
-        if not run.model.model_name_or_path and not run.folder.exists():
-            with torch.device("meta"):
-                model = build_model(run.model, run.data, data().tokenizer, run.seed)
-            check_context(model, warm_start(run.model), run.data, run.training)
-            check_step_per_pass(run.model, run.data, run.training)
+    records = read_records(records_file)
+    # Blocks, if any arm reads them.
+    first = next((run for run in runs if run.data.context == "blocks"), runs[0])
+    data = cache(lambda: prepare_data(first.data, runs[0].model.model_name_or_path))
+    check(runs, data)
     compared = []
     for run in runs:
         console.rule(run.folder.name)
@@ -159,19 +156,47 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
         if results is None:
             return None
         results = {"arm": run.arm, **results, "max_eval_blocks": arguments.max_eval_blocks}
-        known = [r for r in records if {**r, "bits_per_byte": None} == {**results, "bits_per_byte": None}]
-        if known:
+        if known := [record for record in records if without_evaluation(record) == without_evaluation(results)]:
             results = known[0]
         else:
             bits = final_evaluation(run.folder, data(), run.data.block_size, arguments.max_eval_blocks)
+            if warm_start(run.model):  # Its passes start from states of the epoch before; of this text there are none.
+                bits["trained_passes"] = None
             results["bits_per_byte"] = bits
-            with records_file.open("a") as file:
-                file.write(json.dumps(results) + "\n")
+            append_record(records_file, results)
         compared.append(results)
     return compared
 
 
-def final_evaluation(run: Path, data: TrainingData, block_size: int, max_blocks: int) -> dict[str, float]:
+def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
+    """Says what is wrong with the last arm before hours are spent on the first.
+
+    Raises:
+        RunError: a folder that holds something else, a model that cannot be built, or one with another tokenizer.
+    """
+    earlier: set[Path] = set()
+    for run in runs:
+        check_folder(run.folder, settings_of(run.model, run.data, run.training))
+        start = run.model.model_name_or_path
+        if not start and not run.folder.exists():
+            with torch.device("meta"):
+                checked_model(run.model, run.data, run.training, data().tokenizer)
+        # An earlier arm leaves the tokenizer that all have.
+        own = start if not run.data.tokenizer_name and start and Path(start) not in earlier else None
+        if own and load_tokenizer(own).get_vocab() != data().tokenizer.get_vocab():
+            raise RunError(
+                f"{run.arm!r} goes on from {own}, which has another tokenizer than {runs[0].arm!r}. Let the first arm "
+                f"go on from it too, or name one for all arms (--tokenizer_name)."
+            )
+        earlier.add(run.folder)
+
+
+def without_evaluation(record: dict) -> str:
+    """As text, because a loss that is no number is not equal to itself."""
+    return json.dumps({**record, "bits_per_byte": None}, sort_keys=True)
+
+
+def final_evaluation(run: Path, data: TrainingData, block_size: int, max_blocks: int) -> dict[str, float | None]:
     """Bits per byte at one pass, at the trained passes, and stepped exactly."""
     model = load_model(str(run))
     trained = model.config.trained_passes() if isinstance(model, StatefulGPTForCausalLM) else 1
@@ -206,7 +231,7 @@ def tabulate(arguments: CompareArguments, records: list[dict]) -> list[list[str]
         baseline = baseline or exact
         row = [arm, f"{runs[0]['parameters']:,}"]
         row += [f"{statistics.mean(run[name] for run in runs):,.0f}" for name in ("tokens", "seconds")]
-        row += [f"{statistics.mean(values):.4f}" for values in bits.values()]
+        row += ["" if None in values else f"{statistics.mean(values):.4f}" for values in bits.values()]
         if several:
             row += [" ".join(f"{value:.4f}" for value in exact), f"{max(exact):.4f}"]
         rows.append([*row, "" if arm == arguments.arms[0] else paired_difference(exact, baseline)])

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from plot import draw_lengths, draw_scores
+from records import append_record, read_records
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -30,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from train import (
+    OF_THE_OPTIMIZER,
     PRESETS,
     DataArguments,
     DocumentTrainer,
@@ -38,6 +40,7 @@ from train import (
     SteppingTrainer,
     TrainArguments,
     WindowTrainer,
+    batch_size,
     check_context,
     count_parameters,
     matched_model,
@@ -348,7 +351,7 @@ class RevisitedSequences(FreshSequences):
 
     def __getitem__(self, index: int) -> dict:
         item = self.draw(index, self.task.train_lengths[1])
-        # From the beginning a few lengths, or there might be a batch in which nothing is asked.
+        # From the beginning a few lengths, so that there is hardly ever a batch in which nothing is asked.
         longest = max(self.longest(self.epoch / self.epochs), self.task.train_lengths[0] + 2)
         if len(item["input_ids"]) - 1 > longest:
             item["labels"] = [NOTHING] * len(item["labels"])
@@ -490,7 +493,7 @@ def train_and_test(
     """A run: the record of what was done and what came out."""
     task = TASKS[task_name]
     model = build_model(model_name, task, arguments, seed)
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    batch = batch_size(training)
     size = training.max_steps * batch
     started, used = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -498,8 +501,9 @@ def train_and_test(
         run.seed, run.output_dir = seed, folder
         preset = MODELS[model_name]
         if preset is not None and preset.warm_start:
-            epochs = arguments.warm_start_epochs
-            revisited = RevisitedSequences(task, size // epochs, seed, arguments.curriculum, epochs)
+            steps = max(1, training.max_steps // arguments.warm_start_epochs)
+            epochs = math.ceil(training.max_steps / steps)
+            revisited = RevisitedSequences(task, steps * batch, seed, arguments.curriculum, epochs)
             store = StateStore(Path(folder, "states"), revisited.num_tokens, arguments.hidden_size)
             trainer = WindowTrainer(model, run, collate, revisited, state_store=store)
         else:
@@ -553,11 +557,8 @@ def settings_of(
     task: str, model: str, arguments: StateTrackingArguments, training: StateTrackingTraining
 ) -> dict[str, Any]:
     """What decides the result of a run, besides the names and the seed."""
-    of_training = (
-        *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "optim"),
-        *("max_grad_norm", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16"),
-    )
-    settings = {name: getattr(training, name) for name in of_training}
+    settings = {name: getattr(training, name) for name in OF_THE_OPTIMIZER}
+    settings["train_batch_size"] = batch_size(training)
     settings |= {k: v for k, v in asdict(arguments).items() if k not in ("tasks", "models", "seeds")}
     # At the beginning, half-way and at the end of the time in which it grows.
     settings["longest_in_training"] = [TASKS[task].longest(grown) for grown in (0, 0.5, 1)]
@@ -584,7 +585,7 @@ def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) 
         data = DataArguments(context=arguments.context, chunk_size=arguments.chunk_size)
         check_context(model, warm, data, training)
     file = Path(training.output_dir, "runs.jsonl")
-    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    before = read_records(file)
     runs = []
     for task in arguments.tasks:
         for model in arguments.models:
@@ -608,8 +609,7 @@ def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) 
             continue
         console.rule(f"{run['task']}, {run['model']}, seed {run['seed']} ({number} of {len(runs)})")
         run |= train_and_test(run["task"], run["model"], run["seed"], arguments, training)
-        with file.open("a") as lines:
-            lines.write(json.dumps(run) + "\n")
+        append_record(file, run)
         accuracies = ", ".join(f"{length}: {result['scaled']:.3f}" for length, result in run["results"].items())
         console.print(f"{run['cpu_seconds']} s of CPU time. Scaled accuracy at length {accuracies}")
     # As they will be read.

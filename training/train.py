@@ -35,6 +35,7 @@ from transformers import (
     AutoTokenizer,
     EarlyStoppingCallback,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -454,6 +455,11 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
         raise RunError("--warm_start is for a model that feeds its hidden state back, and this one has no feedback.")
     if warm_start(arguments) and model.config.feedback_source != "hidden_state":
         raise RunError("--warm_start is for a model that feeds its hidden state back, not the embedding.")
+    if never_fed_back(model.config) and not warm_start(arguments):
+        raise RunError(
+            "A single pass without states to start from is plain, and would not train the feedback. Give --warm_start "
+            "true, as to a model that was trained so, or more passes in --stateful_config."
+        )
     model = choose_trainable(model, arguments)
     text_config = model.config.get_text_config()
     if len(tokenizer) > text_config.vocab_size:
@@ -467,6 +473,19 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
             f"--block_size {data_arguments.block_size} is more than the model's max_position_embeddings "
             f"({limit}); lower it."
         )
+    return model
+
+
+def checked_model(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training_arguments: TrainArguments,
+    tokenizer: PreTrainedTokenizerBase,
+) -> PreTrainedModel:
+    """`build_model`, for what can be trained as asked: if not, a RunError says why."""
+    model = build_model(model_arguments, data_arguments, tokenizer, training_arguments.seed)
+    check_context(model, warm_start(model_arguments), data_arguments, training_arguments)
+    check_step_per_pass(model_arguments, data_arguments, training_arguments)
     return model
 
 
@@ -503,6 +522,12 @@ def warm_start(arguments: ModelArguments) -> bool:
     return arguments.warm_start or (arguments.preset is not None and PRESETS[arguments.preset].warm_start)
 
 
+def never_fed_back(config: PreTrainedConfig) -> bool:
+    """Whether no pass of training would read the states of one before."""
+    of_states = getattr(config, "feedback", None) is not None and config.feedback_source == "hidden_state"
+    return of_states and config.training_solver != "sequential" and config.trained_passes() == 1
+
+
 def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback: dict | None) -> PreTrainedModel:
     """The loaded model as it is, or with feedback around it."""
     defaults = ModelArguments()
@@ -524,11 +549,6 @@ def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback:
         raise RunError(f"{arguments.model_name_or_path} has its feedback already; leave out --preset.")
     if not as_it_is and feedback is not None:
         return StatefulGPTForCausalLM.from_backbone(model, **feedback)
-    if stateful and model.config.trained_passes() == 1 and not warm_start(arguments):
-        raise RunError(
-            f"{arguments.model_name_or_path} is trained in one pass that starts from states of the epoch before; give "
-            f"--warm_start true."
-        )
     if arguments.stateful_config != defaults.stateful_config:
         raise RunError("--stateful_config needs a --preset with feedback, or a plain model to put feedback around.")
     return model
@@ -638,7 +658,8 @@ def check_folder(folder: Path, settings: dict) -> None:
         except ValueError as error:
             raise RunError(f"{marker} is damaged; use another --output_dir.") from error
         # A run begun before an option was there did what is its default now.
-        before = {**asdict(ModelArguments()), **asdict(DataArguments()), **before}
+        defaults = {f.name: f.default for of in (ModelArguments, DataArguments, TrainArguments) for f in fields(of)}
+        before = {**defaults, **before}
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             differences = ", ".join(f"{n}: {before.get(n)!r} then, {settings[n]!r} now" for n in changed)
@@ -650,20 +671,31 @@ def check_folder(folder: Path, settings: dict) -> None:
         raise RunError(f"{folder} holds something that is not a run of this command; use another --output_dir.")
 
 
+OF_THE_OPTIMIZER = (
+    *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    *("bf16", "fp16"),
+)
+"""Of transformers' arguments, those that decide what a step does."""
+
+
+def batch_size(arguments: TrainingArguments) -> int:
+    """Examples for each step of the optimizer, on all devices of all processes."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
 def settings_of(
     model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments: TrainArguments
 ) -> dict:
     """What decides the result of a run. Where it is logged, how often it is saved, how it is spread do not."""
     decisive = {
-        *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
-        *("max_grad_norm", "max_steps", "num_train_epochs", "seed", "data_seed", "bf16", "fp16", "optim"),
-        *("max_seconds", "patience"),
+        *(*OF_THE_OPTIMIZER, "num_train_epochs", "max_seconds", "seed", "data_seed"),
+        *("patience", "load_best_model_at_end", "metric_for_best_model"),
     }
-    if training_arguments.patience is not None:
+    if training_arguments.load_best_model_at_end:
         decisive |= {"eval_strategy", "eval_steps"}
     training = {name: getattr(training_arguments, name) for name in sorted(decisive)}
-    batch = training_arguments.per_device_train_batch_size * training_arguments.gradient_accumulation_steps
-    training["train_batch_size"] = batch * training_arguments.world_size
+    training["train_batch_size"] = batch_size(training_arguments)
     return json.loads(json.dumps({**asdict(model_arguments), **asdict(data_arguments), **training}, default=str))
 
 
@@ -707,9 +739,7 @@ def train(
         # Bad input must leave nothing behind, so everything is made before the folder is.
         data = prepared() if prepared else prepare_data(data_arguments, model_arguments.model_name_or_path)
         set_seed(training_arguments.seed)
-        model = build_model(model_arguments, data_arguments, data.tokenizer, training_arguments.seed)
-        check_context(model, warm_start(model_arguments), data_arguments, training_arguments)
-        check_step_per_pass(model_arguments, data_arguments, training_arguments)
+        model = checked_model(model_arguments, data_arguments, training_arguments, data.tokenizer)
         if main_process:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "run.json").write_text(json.dumps(settings, indent=1))
