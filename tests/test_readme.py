@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""What the README and the experiments show runs as it stands there."""
 
 import os
 import re
@@ -17,11 +17,11 @@ from packaging.requirements import Requirement
 from train import parse
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "docs/experiments.md"]
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return [b for page in PAGES for b in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)]
 
 
 def required(names):
@@ -89,14 +89,28 @@ def test_the_commands_have_the_options_that_are_shown():
         plan(*parse_comparison(arguments))
 
 
-def test_pictures_and_files_that_are_mentioned_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+def links(page):
+    """The file and the heading in it, or either, that each link of a page leads to."""
+    return re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", page.read_text())
 
 
-def test_links_within_the_readme_lead_to_headings():
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), flags=re.MULTILINE)
-    # As GitHub makes them; a heading that is there twice leads to its first place.
-    anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
-    links = re.findall(r"\]\(#([^)]+)\)", README)
-    assert links and all(anchors.count(link) == 1 for link in links)
+def anchors(page):
+    """Of its headings, as GitHub makes them; of one that is there twice, the first place."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    assert len(links(page)) > 20
+    for file, heading in links(page):
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        assert not heading or anchors(target).count(heading) == 1, (file, heading)
+
+
+def test_records_that_are_named_exist_and_all_are_named():
+    text = "".join(page.read_text() for page in PAGES)
+    kept = {path.name for path in (ROOT / "docs/results").iterdir()}
+    assert {name for name in kept if name not in text} == set()
+    assert set(re.findall(r"results/([\w.]+\.(?:jsonl|png))", text)) <= kept
