@@ -330,5 +330,9 @@ def test_other_settings_and_unknown_names_are_refused(command):
         command("--models", "gpt", "--hidden_size=32")
     with pytest.raises(RunError, match="no task 'chess'; choose from parity, even_pairs"):
         command("--tasks", "chess")
+    with pytest.raises(RunError, match="Every run takes --max_steps; leave out --max_seconds"):
+        command("--models", "gpt", "--max_seconds=60")
+    with pytest.raises(RunError, match="leave out --eval_strategy and --save_strategy"):
+        command("--models", "gpt", "--save_strategy=steps")
     with pytest.raises(RunError, match="no model 'rnn'"):
         command("--models", "rnn")

@@ -482,6 +482,15 @@ class StateTrackingTraining(TrainArguments):
     logging_steps: float = 100
     output_dir: str = "runs/state_tracking"
 
+    def __post_init__(self) -> None:
+        if self.max_seconds is not None or self.patience is not None or self.num_train_epochs > 0:
+            raise ValueError("Every run takes --max_steps; leave out --max_seconds, --patience and --num_train_epochs.")
+        if self.eval_strategy != "no" or self.save_strategy != "no":
+            raise ValueError(
+                "A run is tested at its end and leaves its record; leave out --eval_strategy and --save_strategy."
+            )
+        super().__post_init__()
+
 
 def lengths_of(task: Task, arguments: StateTrackingArguments) -> list[int]:
     return arguments.test_lengths or [*task.test_lengths, *task.beyond]
