@@ -77,6 +77,8 @@ class Task:
     beyond: tuple[int, ...] = (512,)
     silence: int | None = None
     """A token whose embedding is 0 and stays so."""
+    one_length_a_batch: bool = True
+    """In training; else each sequence has its own, and a batch takes the time of its longest."""
 
     def draw(self, random: np.random.Generator, length: int) -> tuple[list[int], list[int]]:
         """A sequence of `length` tokens (one less where the task has none of that length), and what is asked at each:
@@ -269,7 +271,7 @@ class Recall(Task):
         return tokens, at_the_end(length, symbol)
 
     def train_length(self, random, longest):
-        """Uniform: a batch takes the time of its longest sequence."""
+        """Uniform: short ones would save no time, a batch takes that of its longest."""
         return int(random.integers(self.train_lengths[0], longest + 1))
 
 
@@ -292,6 +294,8 @@ TASKS: dict[str, Task] = {
         noise=1_000,
         test_lengths=(10_001,),
         beyond=(),
+        # With the few steps that it gets.
+        one_length_a_batch=False,
     ),
 }
 
@@ -313,10 +317,10 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 class FreshSequences(Dataset):
     """Never the same sequence twice. The longest length grows to that of the task over the first `curriculum` (a share)
-    of the training."""
+    of the training. `batch` sequences after one another have the same length."""
 
-    def __init__(self, task: Task, size: int, seed: int, curriculum: float):
-        self.task, self.size, self.seed, self.curriculum = task, size, seed, curriculum
+    def __init__(self, task: Task, size: int, seed: int, curriculum: float, batch: int = 1):
+        self.task, self.size, self.seed, self.curriculum, self.batch = task, size, seed, curriculum, batch
 
     def __len__(self) -> int:
         return self.size
@@ -326,11 +330,13 @@ class FreshSequences(Dataset):
         return self.task.longest(min(1.0, progress / max(self.curriculum, 1e-9)))
 
     def __getitem__(self, index: int) -> dict:
-        return self.draw(index, self.longest(index / self.size))
+        first = index - index % self.batch
+        return self.draw(index, self.longest(first / self.size))
 
     def draw(self, index: int, longest: int) -> dict:
-        random = np.random.default_rng([self.seed, index])
-        return example(self.task, random, self.task.train_length(random, longest))
+        of_batch = np.random.default_rng([self.seed, index // self.batch, 0])
+        length = self.task.train_length(of_batch, longest)
+        return example(self.task, np.random.default_rng([self.seed, index]), length)
 
 
 class RevisitedSequences(FreshSequences):
@@ -417,6 +423,10 @@ def build_model(name: str, task: Task, arguments: "StateTrackingArguments", seed
     layers, preset = arguments.num_hidden_layers, preset_of(name, task) or Preset()
     decoder = dict(preset.decoder)
     if pattern := decoder.get("layer_types"):
+        if len(pattern) > layers:
+            raise RunError(
+                f"{name} has {len(pattern)} kinds of layers; give --num_hidden_layers {len(pattern)} or more."
+            )
         decoder["layer_types"] = [pattern[i % len(pattern)] for i in range(layers)]
     config = GateLoopConfig(
         vocab_size=task.vocab_size,
@@ -517,7 +527,7 @@ def train_and_test(
             trainer = WindowTrainer(model, run, collate, revisited, state_store=store)
         else:
             run.train_sampling_strategy = "sequential"
-            fresh = FreshSequences(task, size, seed, arguments.curriculum)
+            fresh = FreshSequences(task, size, seed, arguments.curriculum, batch if task.one_length_a_batch else 1)
             if arguments.context == "blocks":
                 trainer = SteppingTrainer(model, run, collate, fresh)
             else:
@@ -572,6 +582,8 @@ def settings_of(
     # At the beginning, half-way and at the end of the time in which it grows.
     settings["longest_in_training"] = [TASKS[task].longest(grown) for grown in (0, 0.5, 1)]
     preset = preset_of(model, TASKS[task])
+    revisits = preset is not None and preset.warm_start
+    settings["one_length_a_batch"] = TASKS[task].one_length_a_batch and not revisits
     settings["preset"] = None if preset is None else asdict(preset)
     return json.loads(json.dumps(settings, default=str))
 
@@ -586,7 +598,7 @@ def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) 
         for name in names:
             if name not in table:
                 raise RunError(f"There is no {kind} {name!r}; choose from {', '.join(table)}.")
-    for name in arguments.models if arguments.context != "blocks" else []:
+    for name in arguments.models:
         with torch.device("meta"):
             model = build_model(name, TASKS[arguments.tasks[0]], arguments, seed=0)
         preset = MODELS[name]
