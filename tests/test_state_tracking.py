@@ -240,10 +240,26 @@ def test_the_overview_has_the_worst_seed_of_every_model_in_every_task(command, t
     assert (tmp_path / "runs/overview.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("steps", [1, 5, 7])
-def test_a_warm_start_visits_its_sequences_in_whole_batches(steps, command):
+@pytest.mark.parametrize("steps,size,epochs", [(1, 64, 1), (5, 128, 3), (7, 192, 3), (12, 256, 3)])
+def test_a_warm_start_visits_its_sequences_in_whole_batches(steps, size, epochs, command, monkeypatch):
+    made = []
+
+    class Made(RevisitedSequences):
+        def __init__(self, task, size, seed, curriculum, epochs):
+            super().__init__(task, size, seed, curriculum, epochs)
+            made.append((size, epochs))
+
+    monkeypatch.setattr(state_tracking, "RevisitedSequences", Made)
     (record,) = command("--models", "warm_start", f"--max_steps={steps}")
-    assert record["settings"]["max_steps"] == steps and np.isfinite(list(record["results"]["12"].values())).all()
+    assert made == [(size, epochs)] and len(record["losses"]) > 0
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_length_of_a_training_sequence_does_not_say_what_it_holds(batch):
+    data = FreshSequences(TASKS["even_pairs"], 4000 * batch, seed=0, curriculum=0, batch=batch)
+    items = [data.draw(i, 40)["input_ids"] for i in range(0, len(data), batch)]
+    first = [item[0] for item in items if len(item) > 20]
+    assert abs(np.mean(first) - 0.5) < 0.08 and len(first) > 400
 
 
 @pytest.mark.parametrize("task", sorted(set(TASKS) - {"recall"}))
@@ -343,6 +359,8 @@ def test_other_settings_and_unknown_names_are_refused(command):
         command("--tasks", "chess")
     with pytest.raises(RunError, match="Every run takes --max_steps; leave out --max_seconds"):
         command("--models", "gpt", "--max_seconds=60")
+    with pytest.raises(RunError, match="The seeds are those of --seeds; leave out --seed"):
+        command("--models", "gpt", "--seed=7")
     with pytest.raises(RunError, match="leave out --eval_strategy and --save_strategy"):
         command("--models", "gpt", "--save_strategy=steps")
     with pytest.raises(RunError, match="hybrid has 2 kinds of layers; give --num_hidden_layers 2 or more"):

@@ -449,7 +449,7 @@ def test_a_comparison_tabulates_draws_samples_and_resumes(text_files, tmp_path, 
     # A kill has cut the last line short.
     os.truncate(folder / "comparison.jsonl", (folder / "comparison.jsonl").stat().st_size - 9)
     compare_main()
-    assert lines(folder / "comparison.jsonl") == records
+    assert read_records(folder / "comparison.jsonl") == records
     monkeypatch.setattr(sys, "argv", [*arguments, *options(text_files, folder, "--weight_decay=0")])
     with pytest.raises(RunError, match="other settings"):
         compare_main()
@@ -488,9 +488,12 @@ def test_arms_that_read_documents_and_blocks_can_be_compared(text_files, tmp_pat
     assert len(lines(tmp_path / "all/comparison.jsonl")) == 2
 
 
-def test_what_is_no_number_and_what_cannot_be_said_leave_no_trace_in_the_table():
+def test_a_finished_run_is_known_again_though_its_loss_is_no_number():
     diverged = {"arm": "gpt", "log": [{"eval_loss": float("nan")}], "bits_per_byte": {"exact": float("nan")}}
     assert without_evaluation(json.loads(json.dumps(diverged))) == without_evaluation(diverged)
+
+
+def test_the_trained_passes_of_a_warm_start_have_no_figure():
     bits = {"one_pass": 3.0, "trained_passes": None, "exact": 2.0}
     record = {"arm": "warm_start", "parameters": 1, "tokens": 2, "seconds": 3, "bits_per_byte": bits}
     rows = tabulate(CompareArguments(arms=["warm_start"]), [record])
@@ -508,9 +511,9 @@ def test_records_survive_a_kill_in_the_middle_of_a_line(records, cut):
         size = file.stat().st_size
         os.truncate(file, max(0, size - cut))
         kept = read_records(file)
-        assert kept == records[: len(kept)] and (len(kept) == len(records) - 1 or cut > len(json.dumps(records[-1])))
+        assert kept == records[: len(kept)] and (len(kept) >= len(records) - 1 or cut > len(json.dumps(records[-1])))
         append_record(file, {"next": 1})
-        assert lines(file) == [*kept, {"next": 1}]
+        assert read_records(file) == [*kept, {"next": 1}]
 
 
 def test_arms_read_the_same_text_in_the_same_order_and_what_goes_on_reads_on(tmp_path):

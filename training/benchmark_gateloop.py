@@ -210,8 +210,8 @@ def decode(model: PreTrainedModel, token: torch.Tensor, cache: DynamicCache, num
 
 
 def presets(pairs: int) -> None:
-    """A training step (forward, backward, AdamW) of the presets of train.py at the size of the comparison in README.md:
-    width 128, 2 layers, T = 256, batch 16."""
+    """A training step (forward, backward, AdamW) of the presets of train.py at the size of the comparison in
+    docs/experiments.md: width 128, 2 layers, T = 256, batch 16."""
     ids = torch.randint(0, 256, (16, 256))
     steps = {}
     for preset in ("gpt", "gateloop", "gateloop_signed", "gateloop_positive", "hybrid"):

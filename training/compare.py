@@ -160,7 +160,7 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
             results = known[0]
         else:
             bits = final_evaluation(run.folder, data(), run.data.block_size, arguments.max_eval_blocks)
-            if warm_start(run.model):  # Its passes start from states of the epoch before; of this text there are none.
+            if warm_start(run.model):
                 bits["trained_passes"] = None
             results["bits_per_byte"] = bits
             append_record(records_file, results)
@@ -172,23 +172,24 @@ def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
     """Says what is wrong with the last arm before hours are spent on the first.
 
     Raises:
-        RunError: a folder that holds something else, a model that cannot be built, or one with another tokenizer.
+        RunError: a folder that holds something else; of what is still to be begun, a model from scratch that cannot be
+            trained as asked, or a checkpoint with another tokenizer than the first arm's.
     """
-    earlier: set[Path] = set()
+    folders = {run.folder for run in runs}
     for run in runs:
         check_folder(run.folder, settings_of(run.model, run.data, run.training))
         start = run.model.model_name_or_path
-        if not start and not run.folder.exists():
+        # An arm of this comparison leaves the tokenizer that all have.
+        if run.folder.exists() or (start and not folders.isdisjoint([Path(start), *Path(start).parents])):
+            continue
+        if not start:
             with torch.device("meta"):
                 checked_model(run.model, run.data, run.training, data().tokenizer)
-        # An earlier arm leaves the tokenizer that all have.
-        own = start if not run.data.tokenizer_name and start and Path(start) not in earlier else None
-        if own and load_tokenizer(own).get_vocab() != data().tokenizer.get_vocab():
+        elif not run.data.tokenizer_name and load_tokenizer(start).get_vocab() != data().tokenizer.get_vocab():
             raise RunError(
-                f"{run.arm!r} goes on from {own}, which has another tokenizer than {runs[0].arm!r}. Let the first arm "
-                f"go on from it too, or name one for all arms (--tokenizer_name)."
+                f"{run.arm!r} goes on from {start}, which has another tokenizer than {runs[0].arm!r}. Let the first "
+                f"arm go on from it too, or name one for all arms (--tokenizer_name)."
             )
-        earlier.add(run.folder)
 
 
 def without_evaluation(record: dict) -> str:
@@ -243,7 +244,8 @@ def show_table(arguments: CompareArguments, records: list[dict], path: Path) -> 
     title = f"Validation bits per byte, mean of seeds {', '.join(map(str, arguments.seeds))} (lower is better)"
     notes = (
         "Exact: stepped token by token, as in decoding. Tokens and seconds: of training, up to the model evaluated. "
-        "Difference: its mean over runs of the same seed, and the standard error."
+        "Difference: its mean over runs of the same seed, and the standard error. No trained passes: they start from "
+        "states of the epoch before, which there are none of for this text."
     )
     heading, *rows = tabulate(arguments, records)
     table = Table(*map(escape, heading), title=title)

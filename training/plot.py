@@ -62,11 +62,12 @@ def draw_lengths(runs: dict[str, list[dict]], trained: int, path: Path) -> None:
 
 
 def draw_scores(scores: dict[str, dict[str, float]], path: Path) -> None:
-    """Scaled accuracies, of models (rows) in tasks (columns), as numbers on a colour."""
+    """Scaled accuracies, the worst seed's, of models (rows) in tasks (columns), as numbers on a colour."""
     tasks = list(next(iter(scores.values())))
     values = np.array([[of_model[task] for task in tasks] for of_model in scores.values()])
     figure, axes = pyplot.subplots(figsize=(3 + 0.9 * len(tasks), 2 + 0.35 * len(scores)), layout="constrained")
     axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axes.set_title("scaled accuracy, mean over the lengths, worst seed")
     axes.set_xticks(range(len(tasks)), [task.replace("_", "\n") for task in tasks])
     axes.set_yticks(range(len(scores)), list(scores))
     for (row, column), value in np.ndenumerate(values):

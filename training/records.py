@@ -1,23 +1,25 @@
 """Files of JSON lines that outlive a kill."""
 
 import json
-import os
 from pathlib import Path
 
 
 def read_records(file: Path) -> list[dict]:
-    """Those of its lines that were written to their end; none where there is no file."""
-    return [json.loads(line) for line in whole_lines(file).splitlines()] if file.exists() else []
+    """All but those that a kill has cut short; none where there is no file."""
+    records = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 def append_record(file: Path, record: dict) -> None:
-    """Writes a line, in the place of one that was cut short."""
-    if file.exists():
-        os.truncate(file, len(whole_lines(file)))
-    with file.open("a") as lines:
-        lines.write(json.dumps(record) + "\n")
-
-
-def whole_lines(file: Path) -> bytes:
-    content = file.read_bytes()
-    return content[: content.rfind(b"\n") + 1]
+    """Writes a line, after the end of one that was cut short."""
+    with file.open("ab+") as lines:
+        if lines.tell() > 0:
+            lines.seek(-1, 2)
+            if lines.read(1) != b"\n":
+                lines.write(b"\n")
+        lines.write(f"{json.dumps(record)}\n".encode())

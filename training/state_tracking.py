@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from train import (
-    OF_THE_OPTIMIZER,
+    OF_A_STEP,
     PRESETS,
     DataArguments,
     DocumentTrainer,
@@ -294,7 +294,7 @@ TASKS: dict[str, Task] = {
         noise=1_000,
         test_lengths=(10_001,),
         beyond=(),
-        # With the few steps that it gets.
+        # It gets few steps, which would jump between short and long.
         one_length_a_batch=False,
     ),
 }
@@ -316,7 +316,7 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class FreshSequences(Dataset):
-    """Never the same sequence twice. The longest length grows to that of the task over the first `curriculum` (a share)
+    """New sequences all the time. The longest length grows to that of the task over the first `curriculum` (a share)
     of the training. `batch` sequences after one another have the same length."""
 
     def __init__(self, task: Task, size: int, seed: int, curriculum: float, batch: int = 1):
@@ -334,9 +334,10 @@ class FreshSequences(Dataset):
         return self.draw(index, self.longest(first / self.size))
 
     def draw(self, index: int, longest: int) -> dict:
-        of_batch = np.random.default_rng([self.seed, index // self.batch, 0])
-        length = self.task.train_length(of_batch, longest)
-        return example(self.task, np.random.default_rng([self.seed, index]), length)
+        random = np.random.default_rng([self.seed, index])
+        # 1, because a seed that ends in zeros is the same without them.
+        of_batch = np.random.default_rng([self.seed, index // self.batch, 1]) if self.batch > 1 else random
+        return example(self.task, random, self.task.train_length(of_batch, longest))
 
 
 class RevisitedSequences(FreshSequences):
@@ -495,6 +496,8 @@ class StateTrackingTraining(TrainArguments):
     def __post_init__(self) -> None:
         if self.max_seconds is not None or self.patience is not None or self.num_train_epochs > 0:
             raise ValueError("Every run takes --max_steps; leave out --max_seconds, --patience and --num_train_epochs.")
+        if self.seed != TrainArguments.seed:
+            raise ValueError("The seeds are those of --seeds; leave out --seed.")
         if self.eval_strategy != "no" or self.save_strategy != "no":
             raise ValueError(
                 "A run is tested at its end and leaves its record; leave out --eval_strategy and --save_strategy."
@@ -520,7 +523,7 @@ def train_and_test(
         run.seed, run.output_dir = seed, folder
         preset = MODELS[model_name]
         if preset is not None and preset.warm_start:
-            steps = max(1, training.max_steps // arguments.warm_start_epochs)
+            steps = math.ceil(training.max_steps / arguments.warm_start_epochs)
             epochs = math.ceil(training.max_steps / steps)
             revisited = RevisitedSequences(task, steps * batch, seed, arguments.curriculum, epochs)
             store = StateStore(Path(folder, "states"), revisited.num_tokens, arguments.hidden_size)
@@ -576,7 +579,7 @@ def settings_of(
     task: str, model: str, arguments: StateTrackingArguments, training: StateTrackingTraining
 ) -> dict[str, Any]:
     """What decides the result of a run, besides the names and the seed."""
-    settings = {name: getattr(training, name) for name in OF_THE_OPTIMIZER}
+    settings = {name: getattr(training, name) for name in OF_A_STEP}
     settings["train_batch_size"] = batch_size(training)
     settings |= {k: v for k, v in asdict(arguments).items() if k not in ("tasks", "models", "seeds")}
     # At the beginning, half-way and at the end of the time in which it grows.

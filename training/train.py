@@ -657,9 +657,9 @@ def check_folder(folder: Path, settings: dict) -> None:
             before = json.loads(marker.read_text())
         except ValueError as error:
             raise RunError(f"{marker} is damaged; use another --output_dir.") from error
-        # A run begun before an option was there did what is its default now.
-        defaults = {f.name: f.default for of in (ModelArguments, DataArguments, TrainArguments) for f in fields(of)}
-        before = {**defaults, **before}
+        # A run begun before an option was there did what is its default now; of transformers' options, what was not
+        # noted is taken to be as it is.
+        before = {**settings, **asdict(ModelArguments()), **asdict(DataArguments()), **before}
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             differences = ", ".join(f"{n}: {before.get(n)!r} then, {settings[n]!r} now" for n in changed)
@@ -671,12 +671,12 @@ def check_folder(folder: Path, settings: dict) -> None:
         raise RunError(f"{folder} holds something that is not a run of this command; use another --output_dir.")
 
 
-OF_THE_OPTIMIZER = (
+OF_A_STEP = (
     *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
-    *("bf16", "fp16"),
+    *("bf16", "fp16", "gradient_checkpointing", "optim_args"),
 )
-"""Of transformers' arguments, those that decide what a step does."""
+"""Of transformers' arguments, those that decide what the steps of training do."""
 
 
 def batch_size(arguments: TrainingArguments) -> int:
@@ -689,7 +689,7 @@ def settings_of(
 ) -> dict:
     """What decides the result of a run. Where it is logged, how often it is saved, how it is spread do not."""
     decisive = {
-        *(*OF_THE_OPTIMIZER, "num_train_epochs", "max_seconds", "seed", "data_seed"),
+        *(*OF_A_STEP, "num_train_epochs", "max_seconds", "seed", "data_seed"),
         *("patience", "load_best_model_at_end", "metric_for_best_model"),
     }
     if training_arguments.load_best_model_at_end:
