@@ -682,12 +682,12 @@ def scores_of(runs: list[dict]) -> dict[str, dict[str, float]]:
     return scores
 
 
-def show_overview(runs: list[dict]) -> None:
+def show_overview(scores: dict[str, dict[str, float]]) -> None:
     """A row for each model, a column for each task."""
-    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    tasks = next(iter(scores.values()))
     table = Table("model", *tasks, title="scaled accuracy, mean over the lengths, worst seed")
-    for model, scores in scores_of(runs).items():
-        table.add_row(model, *(f"{scores[task]:.2f}" for task in tasks))
+    for model, of_model in scores.items():
+        table.add_row(model, *(f"{of_model[task]:.2f}" for task in tasks))
     console.print(table)
 
 
@@ -709,9 +709,10 @@ def main() -> None:
         draw_lengths(models, TASKS[task].train_lengths[1], picture)
         console.print(f"Accuracy against length: {picture}")
     if len(arguments.tasks) > 1:
-        show_overview(runs)
+        scores = scores_of(runs)
+        show_overview(scores)
         picture = Path(training.output_dir, "overview.png")
-        draw_scores(scores_of(runs), picture)
+        draw_scores(scores, picture)
         console.print(f"All tasks and models: {picture}")
 
 
