@@ -380,6 +380,8 @@ MODELS: dict[str, Preset | None] = {
     "stateful_sequential": Preset(NO_POSITIONS, SEQUENTIAL),
     # The noise teaches it to mend small errors, which in sequences longer than those of training would add up.
     "stateful_sequential_noise": Preset(NO_POSITIONS, {**SEQUENTIAL, "feedback_noise": 0.1}),
+    # What a GateLoop layer holds of the past fades, so a longer one is nothing new to it.
+    "stateful_gateloop": Preset({"layer_types": ["gateloop"]}, {**SEQUENTIAL, "feedback_noise": 0.05}),
     # Of one pass alone, through which no gradient reaches the state before, not every seed makes a start.
     "warm_start": Preset(NO_POSITIONS, {**PRESETS["warm_start"].stateful, "pass_probabilities": [0.4, 0.4, 0.2]}, True),
     "lstm": None,
