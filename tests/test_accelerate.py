@@ -232,7 +232,7 @@ def test_bf16_training_follows_fp32(preset, tmp_path):
     for name, more in (("fp32", []), ("bf16", ["--bf16=true"])):
         folder = tmp_path / name
         folder.mkdir()
-        train(*parse(options(folder, "--preset", preset, *more)))
+        train(*parse(options(folder, "--preset", preset, "--num_hidden_layers=2", *more)))
         losses.append(logged(folder, "loss") + logged(folder, "eval_loss"))
     assert losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[1] != losses[0]
 

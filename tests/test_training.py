@@ -96,7 +96,9 @@ def losses(folder):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_run_learns_and_leaves_a_checkpoint_that_loads(preset, text_files, tmp_path):
-    results = train(*parse(options(text_files, tmp_path / "run", "--preset", preset)))
+    # As many as the presets have kinds of layers.
+    run = options(text_files, tmp_path / "run", "--preset", preset, "--num_hidden_layers=2")
+    results = train(*parse(run))
     log = [entry["eval_loss"] for entry in results["log"]]
     assert log[-1] < log[0] < 5.8
     assert results["tokens"] == 6 * 8 * 32
@@ -106,7 +108,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_that_loads(preset, text_files, tmp
     out = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=5)
     assert out.shape[1] == 9
     # The same command again has nothing to do.
-    assert train(*parse(options(text_files, tmp_path / "run", "--preset", preset))) == results
+    assert train(*parse(run)) == results
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 0])
@@ -163,7 +165,11 @@ EVERYTHING_RANDOM = [
 
 
 @pytest.mark.client("transformers", "`Trainer`, and its resuming")
-@pytest.mark.parametrize("what", [EVERYTHING_RANDOM, ["--preset=hybrid", "--dropout=0.1"]], ids=["stateful", "hybrid"])
+@pytest.mark.parametrize(
+    "what",
+    [EVERYTHING_RANDOM, ["--preset=hybrid", "--num_hidden_layers=2", "--dropout=0.1"]],
+    ids=["stateful", "hybrid"],
+)
 def test_an_interrupted_run_resumes_to_the_same_weights(what, text_files, tmp_path):
     arguments = [*what, "--max_steps=60", "--save_steps=1000", "--eval_strategy=no"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -578,6 +584,8 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     for preset in ("gpt", "token_shift"):
         refused(text_files, tmp_path, f"--preset={preset}", "--warm_start=true", message="feeds its hidden state back")
     refused(text_files, tmp_path, "--num_hidden_layers=0", message="num_hidden_layers is 0")
+    refused(text_files, tmp_path, "--preset=hybrid", message="too few for the pattern gateloop, full_attention")
+    refused(text_files, tmp_path, "--decoder_config", '{"layer_types": "gateloop"}', message="must be a list such as")
     refused(text_files, tmp_path, "--max_eval_samples=0", message="--max_eval_samples must be")
     refused(text_files, tmp_path, "--preset=gpt", "--stateful_config", '{"num_passes": 2}', message="leave it out")
     refused(text_files, tmp_path, "--decoder_config", '{"mlp": "x"}', message="GateLoopConfig has no field mlp")

@@ -44,6 +44,7 @@ from train import (
     check_context,
     count_parameters,
     matched_model,
+    repeated,
     run_command,
     stepped,
 )
@@ -426,11 +427,7 @@ def build_model(name: str, task: Task, arguments: "StateTrackingArguments", seed
     layers, preset = arguments.num_hidden_layers, preset_of(name, task) or Preset()
     decoder = dict(preset.decoder)
     if pattern := decoder.get("layer_types"):
-        if len(pattern) > layers:
-            raise RunError(
-                f"{name} has {len(pattern)} kinds of layers; give --num_hidden_layers {len(pattern)} or more."
-            )
-        decoder["layer_types"] = [pattern[i % len(pattern)] for i in range(layers)]
+        decoder["layer_types"] = repeated(pattern, layers)
     config = GateLoopConfig(
         vocab_size=task.vocab_size,
         hidden_size=arguments.hidden_size,
