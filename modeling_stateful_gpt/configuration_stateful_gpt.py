@@ -68,7 +68,7 @@ class StatefulGPTConfig(PreTrainedConfig):
     detach_between_passes: bool = False
     feedback_noise: float = 0.0
     prefix_mixin: float = 0.0
-    share_dropout_masks: bool = True
+    share_dropout_masks: bool = False
     decode_mode: str = "solved"
     prefill_passes: int | None = None
     solver: str = "cyclic"

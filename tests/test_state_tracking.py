@@ -213,7 +213,7 @@ def test_every_model_is_trained_and_tested_once(command, tmp_path, capsys):
     records = command("--models", *MODELS, "--seeds", "0", "1", "--num_hidden_layers=2")
     assert [(r["model"], r["seed"]) for r in records] == [(model, seed) for model in MODELS for seed in (0, 1)]
     for record in records:
-        assert set(record["results"]) == {"12", "20"} and np.isfinite(record["losses"]).all()
+        assert set(record["results"]) == {"12", "20"} and np.isfinite([*record["losses"].values()]).all()
         assert record["settings"]["longest_in_training"] == [3, 11, 40]
         for result in record["results"].values():
             assert result["answers"] == 8 and result["accuracy"] == 1 - result["wrong"] / 8
@@ -359,8 +359,20 @@ def test_other_settings_and_unknown_names_are_refused(command):
         command("--tasks", "chess")
     with pytest.raises(RunError, match="Every run takes --max_steps; leave out --max_seconds"):
         command("--models", "gpt", "--max_seconds=60")
-    with pytest.raises(RunError, match="The seeds are those of --seeds; leave out --seed"):
-        command("--models", "gpt", "--seed=7")
+    for option in ("--seed=7", "--data_seed=7"):
+        with pytest.raises(RunError, match="The seeds are those of --seeds; leave out --seed"):
+            command("--models", "gpt", option)
+    with pytest.raises(RunError, match="--seeds names something twice"):
+        command("--seeds", "1", "1")
+    for count in ("test_sequences", "warm_start_epochs"):
+        with pytest.raises(RunError, match=f"--{count} must be at least 1"):
+            command(f"--{count}=0")
+    with pytest.raises(RunError, match="--test_lengths of flip_flop must be at least 4"):
+        command("--tasks", "parity", "flip_flop", "--test_lengths", "3")
+    with pytest.raises(RunError, match="hidden_size"):
+        command("--hidden_size=50")
+    with pytest.raises(RunError, match="lstm has nothing for the silence in recall"):
+        command("--tasks", "recall", "--models", "lstm")
     with pytest.raises(RunError, match="leave out --eval_strategy and --save_strategy"):
         command("--models", "gpt", "--save_strategy=steps")
     with pytest.raises(RunError, match="too few for the pattern gateloop, full_attention: there would be no full"):

@@ -17,7 +17,15 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from compare import CompareArguments, paired_difference, parse_comparison, plan, tabulate, without_evaluation
+from compare import (
+    CompareArguments,
+    paired_difference,
+    parse_comparison,
+    plan,
+    run_folder,
+    tabulate,
+    without_evaluation,
+)
 from compare import main as compare_main
 from data import byte_tokenizer, sample_blocks, token_blocks
 from evaluate import evaluate, mean_nats
@@ -408,6 +416,8 @@ def test_evaluation_is_bits_per_byte_and_passes_approach_the_exact_value(text_fi
 
     printed = run("evaluate.py", [str(tmp_path / "run"), "--text_file", text_files[0], "--max_blocks=4", "--json"])
     assert set(json.loads(printed.stdout)) == {"1", "2", "3", "exact"}, printed.stderr
+    record = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert record["text"] == f"{Path(text_files[0]).name}, at most 4 blocks of it"
 
 
 def lines(file):
@@ -463,11 +473,47 @@ def test_a_comparison_tabulates_draws_samples_and_resumes(text_files, tmp_path, 
 
 @pytest.mark.parametrize(
     "second,message",
-    [("gpt", "only once"), ("gpt --block_size 16", "data of its own"), ("gpt --patience 0", "at least")],
+    [
+        ("gpt", "only once"),
+        ("gpt --block_size 16", "data of its own"),
+        ("gpt --patience 0", "at least"),
+        ("gpt --seed=1", "Leave out --seed"),
+        ("gpt --data-seed 1", "Leave out --data_seed"),
+        ("gpt --preset stateful", "Leave out --preset"),
+        ("rnn", "no preset 'rnn'"),
+        ("", "no preset ''"),
+    ],
 )
 def test_arms_that_cannot_be_compared_are_refused(second, message, tmp_path):
     with pytest.raises(RunError, match=message):
         plan(*parse_comparison(["--arms", "gpt", second, "--output_dir", str(tmp_path / "x")]))
+
+
+def test_what_an_arm_goes_on_from_is_checked_before_anything_is_trained(text_files, tmp_path, monkeypatch):
+    stateful = "stateful --model_name_or_path {output_dir}/gpt-seed{seed} --max_steps=2"
+    twice = f"stateful --model_name_or_path {run_folder('{output_dir}', stateful, 0)}"
+    for arms, message in (([stateful, "gpt"], "which no arm before it leaves"), (["gpt", stateful, twice], "already")):
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--arms", *arms, *options(text_files, tmp_path / "all")])
+        with pytest.raises(RunError, match=message):
+            compare_main()
+        assert not (tmp_path / "all").exists()
+
+
+def test_arms_go_on_from_checkpoints_and_from_arms_that_went_on(text_files, tmp_path, monkeypatch):
+    early = "gpt --model_name_or_path {output_dir}/gpt-seed{seed}/checkpoint-4 --max_steps=2"
+    stateful = """stateful --model_name_or_path {output_dir}/gpt-seed{seed} --max_steps=2
+        --stateful_config '{"training_solver": "sequential"}'"""
+    again = f"--model_name_or_path {run_folder('{output_dir}', stateful, 0)} --max_steps=1"
+    more = ["--sample_tokens=5", "--decoder_config", '{"mlp_type": "swiglu"}']
+    command = ["compare.py", "--arms", "gpt", early, stateful, again, *options(text_files, tmp_path / "all", *more)]
+    monkeypatch.setattr(sys, "argv", command)
+    compare_main()
+    records = {record["arm"]: record for record in lines(tmp_path / "all/comparison.jsonl")}
+    assert [record["tokens"] // (8 * 32) for record in records.values()] == [6, 4 + 2, 6 + 2, 6 + 2 + 1]
+    spent = [records[arm]["seconds"] for arm in ("gpt", stateful, again)]
+    assert spent == sorted(spent) and 0 < records[early]["before"]["seconds"] < spent[0]
+    bits = records[stateful]["bits_per_byte"]
+    assert bits["trained_passes"] == bits["exact"] != bits["one_pass"]
 
 
 def test_an_arm_with_another_tokenizer_is_refused_before_anything_is_trained(text_files, tmp_path, monkeypatch):
@@ -506,6 +552,14 @@ def test_the_trained_passes_of_a_warm_start_have_no_figure():
     assert rows[1][-4:-1] == ["3.0000", "", "2.0000"]
 
 
+def test_a_seed_that_diverged_is_in_the_table():
+    record = {"arm": "gpt", "parameters": 1, "tokens": 2, "seconds": 3}
+    records = [{**record, "bits_per_byte": {"exact": bits}} for bits in (2.0, math.nan, math.inf)]
+    _, row = tabulate(CompareArguments(arms=["gpt"], seeds=[0, 1, 2]), records)
+    assert row[4:] == ["nan", "2.0000 nan inf", "nan", ""]
+    assert paired_difference([2.0, math.nan, 2.0], [2.0, 2.0, 2.0]) == "+nan ± nan"
+
+
 @given(st.lists(st.dictionaries(st.text(max_size=3), st.integers()), min_size=1, max_size=4), st.integers(1, 200))
 def test_records_survive_a_kill_in_the_middle_of_a_line(records, cut):
     with tempfile.TemporaryDirectory() as folder:
@@ -520,6 +574,27 @@ def test_records_survive_a_kill_in_the_middle_of_a_line(records, cut):
         assert kept == records[: len(kept)] and (len(kept) >= len(records) - 1 or cut > len(json.dumps(records[-1])))
         append_record(file, {"next": 1})
         assert read_records(file) == [*kept, {"next": 1}]
+
+
+@pytest.mark.parametrize("offsets", ["false", "true"])
+def test_arms_get_the_same_batches(offsets, text_files, tmp_path):
+    more = ["--max_train_bytes=2000", "--max_steps=15", f"--random_offsets={offsets}", "--eval_strategy=no"]
+    arms = ["--arms", "gpt", "stateful", "warm_start"]
+    batches = []
+    for run in plan(*parse_comparison([*arms, *options(text_files, tmp_path, *more, "--eval_on_start=false")])):
+        data = prepare_data(run.data)
+        model = build_model(run.model, run.data, data.tokenizer, run.seed)
+        seen = []
+
+        def record(examples, seen=seen):
+            batch = collate(examples)
+            seen.append(batch["input_ids"])
+            return batch
+
+        make_trainer(run.model, run.data, data, model=model, args=run.training, data_collator=record).train()
+        batches.append(torch.cat(seen[:15]))
+    assert (batches[0] == batches[1]).all() and (batches[0] == batches[2]).all()
+    assert len(batches[0].unique(dim=0)) > (100 if offsets == "true" else 50)
 
 
 def test_arms_read_the_same_text_in_the_same_order_and_what_goes_on_reads_on(tmp_path):
@@ -550,6 +625,7 @@ def test_a_killed_comparison_loses_nothing(text_files, tmp_path, monkeypatch):
     deadline = time.monotonic() + 120
     while not (file.exists() and "stateful" in file.read_text()) and time.monotonic() < deadline:
         time.sleep(0.005)
+    assert process.poll() is None, "it was to be killed in the middle"
     process.kill()
     process.wait()
     before = file.read_text()

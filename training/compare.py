@@ -5,8 +5,8 @@
 
 An arm is a preset and options of its own; all other options of train.py are for every arm. The budget is `--max_steps`,
 `--max_seconds` or `--patience`. An arm may start from what an earlier one has left for the same seed, and what that has
-cost is added to its own: 'stateful --model_name_or_path {output_dir}/gpt-seed{seed} --max_steps 100'. It reads the text
-in another order than arms from scratch.
+cost is added to its own: 'stateful --model_name_or_path {output_dir}/gpt-seed{seed} --max_steps 100', or without a
+preset, to stay what it is. It reads the text in another order than arms from scratch.
 
 Writes a run folder per arm and seed (the arm, with `-` for whatever is no letter, digit, dot or `_`), a line per
 evaluation as soon as it is made in `evaluations.jsonl`, a line per finished run in `comparison.jsonl`, the table
@@ -14,17 +14,18 @@ evaluation as soon as it is made in `evaluations.jsonl`, a line per finished run
 command again goes on from there.
 """
 
+import copy
 import json
 import math
 import re
 import shlex
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from evaluate import evaluate
 from plot import draw
@@ -51,7 +52,14 @@ from train import (
     train,
     warm_start,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
 
 from modeling_stateful_gpt import StatefulGPTForCausalLM
 
@@ -96,17 +104,25 @@ def plan(arguments: CompareArguments, rest: list[str]) -> list[Run]:
     for seed in arguments.seeds:
         for arm in arguments.arms:
             try:
-                preset, *own = shlex.split(arm)
+                words = shlex.split(arm)
             except ValueError as error:
                 raise RunError(f"{arm!r} is not a preset and its options ({error}).") from error
-            if preset not in PRESETS:
-                raise RunError(f"There is no preset {preset!r}; choose from {sorted(PRESETS)}.")
+            if words and words[0].startswith("--"):
+                preset, own = [], words
+            elif words and words[0] in PRESETS:
+                preset, own = ["--preset", words[0]], words[1:]
+            else:
+                raise RunError(f"There is no preset {' '.join(words[:1])!r}; choose from {sorted(PRESETS)}.")
+            names = {word.split("=")[0].replace("-", "_") for word in [*rest, *own] if word.startswith("--")}
+            if fixed := names & {"__preset", "__seed", "__data_seed", "__output_dir"}:
+                raise RunError(
+                    f"Leave out --{fixed.pop()[2:]}: an arm begins with its preset, the seeds are those of --seeds, "
+                    f"and each run has a folder of its own in the --output_dir of all."
+                )
             own = [o.replace("{seed}", str(seed)).replace("{output_dir}", arguments.output_dir) for o in own]
             folder = run_folder(arguments.output_dir, arm, seed)
-            given = ["--preset", preset, "--seed", str(seed), "--output_dir", str(folder)]
+            given = [*preset, "--seed", str(seed), "--output_dir", str(folder)]
             run = Run(arm, seed, folder, *parse([*rest, *own, *given]))
-            if run.training.data_seed is not None:
-                raise RunError("compare.py reads in an order that follows from --seeds; leave out --data_seed.")
             # In the order of its start, what goes on would read again what that has just read.
             run.training.data_seed = seed + 1000 if run.model.model_name_or_path else seed
             runs.append(run)
@@ -159,10 +175,7 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
         if known := [record for record in records if without_evaluation(record) == without_evaluation(results)]:
             results = known[0]
         else:
-            bits = final_evaluation(run.folder, data(), run.data.block_size, arguments.max_eval_blocks)
-            if warm_start(run.model):
-                bits["trained_passes"] = None
-            results["bits_per_byte"] = bits
+            results["bits_per_byte"] = final_evaluation(run, data(), arguments.max_eval_blocks)
             append_record(records_file, results)
         compared.append(results)
     return compared
@@ -172,24 +185,39 @@ def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
     """Says what is wrong with the last arm before hours are spent on the first.
 
     Raises:
-        RunError: a folder that holds something else; of what is still to be begun, a model from scratch that cannot be
-            trained as asked, or a checkpoint with another tokenizer than the first arm's.
+        RunError: a folder that holds something else; of what is still to be begun, a model that cannot be trained as
+            asked, an arm that goes on from one after it, or a checkpoint with another tokenizer than the first arm's.
     """
     folders = {run.folder for run in runs}
+    sources = {run.folder: source_of(run, folders) for run in runs}
+    untrained: dict[Path, PreTrainedModel] = {}
     for run in runs:
         check_folder(run.folder, settings_of(run.model, run.data, run.training))
-        start = run.model.model_name_or_path
-        # An arm of this comparison leaves the tokenizer that all have.
-        if run.folder.exists() or (start and not folders.isdisjoint([Path(start), *Path(start).parents])):
+        if run.folder.exists():
             continue
-        if not start:
-            with torch.device("meta"):
-                checked_model(run.model, run.data, run.training, data().tokenizer)
-        elif not run.data.tokenizer_name and load_tokenizer(start).get_vocab() != data().tokenizer.get_vocab():
+        start, source = run.model.model_name_or_path, sources[run.folder]
+        if source and source not in untrained:
+            if not source.exists():
+                raise RunError(f"{run.arm!r} goes on from {start}, which no arm before it leaves; change their order.")
+            continue
+        # What an arm leaves has the tokenizer of all.
+        base = copy.deepcopy(untrained[source]) if source else load_model(start) if start else None
+        other = start and not source and not run.data.tokenizer_name
+        if other and load_tokenizer(start).get_vocab() != data().tokenizer.get_vocab():
             raise RunError(
                 f"{run.arm!r} goes on from {start}, which has another tokenizer than {runs[0].arm!r}. Let the first "
                 f"arm go on from it too, or name one for all arms (--tokenizer_name)."
             )
+        model = checked_model(run.model, run.data, run.training, data().tokenizer, base)
+        if run.folder in sources.values():
+            untrained[run.folder] = model
+
+
+def source_of(run: Run, folders: set[Path]) -> Path | None:
+    """The run folder in which, or in a checkpoint of which, this run starts."""
+    start = run.model.model_name_or_path
+    above = [Path(start), *Path(start).parents] if start else []
+    return next((path for path in above if path in folders), None)
 
 
 def without_evaluation(record: dict) -> str:
@@ -197,26 +225,38 @@ def without_evaluation(record: dict) -> str:
     return json.dumps({**record, "bits_per_byte": None}, sort_keys=True)
 
 
-def final_evaluation(run: Path, data: TrainingData, block_size: int, max_blocks: int) -> dict[str, float | None]:
+def final_evaluation(run: Run, data: TrainingData, max_blocks: int) -> dict[str, float | None]:
     """Bits per byte at one pass, at the trained passes, and stepped exactly."""
-    model = load_model(str(run))
-    trained = model.config.trained_passes() if isinstance(model, StatefulGPTForCausalLM) else 1
-    passes = sorted({1, trained})
-    results = evaluate(model, data.tokenizer, data.validation_documents, passes, block_size, max_blocks=max_blocks)
-    exact = results["exact"]
+    model = load_model(str(run.folder)).to(run.training.device)
+    warm = warm_start(run.model)
+    stateful = isinstance(model, StatefulGPTForCausalLM)
+    in_passes = stateful and model.config.training_solver != "sequential" and not warm
+    trained = model.config.trained_passes() if in_passes else 1
+    results = evaluate(
+        model,
+        data.tokenizer,
+        data.validation_documents,
+        sorted({1, trained}),
+        run.data.block_size,
+        max_blocks=max_blocks,
+    )
+    bits = {key: result["bits_per_byte"] for key, result in results.items()}
+    exact = bits["exact"]
     return {
-        name: results.get(key, exact)["bits_per_byte"]
-        for name, key in (("one_pass", "1"), ("trained_passes", str(trained)), ("exact", "exact"))
+        # A model without feedback has one pass, which is exact.
+        "one_pass": bits.get("1", exact),
+        "trained_passes": bits[str(trained)] if in_passes else None if warm else exact,
+        "exact": exact,
     }
 
 
 def paired_difference(values: list[float], baseline: list[float]) -> str:
     """The mean of the differences of runs with the same seed and, from two seeds on, its standard error."""
-    differences = [value - base for value, base in zip(values, baseline, strict=True)]
-    mean = f"{statistics.mean(differences):+.4f}"
+    differences = np.subtract(values, baseline)
+    mean = f"{differences.mean():+.4f}"
     if len(differences) == 1:
         return mean
-    return f"{mean} ± {statistics.stdev(differences) / math.sqrt(len(differences)):.4f}"
+    return f"{mean} ± {differences.std(ddof=1) / math.sqrt(len(differences)):.4f}"
 
 
 def tabulate(arguments: CompareArguments, records: list[dict]) -> list[list[str]]:
@@ -231,10 +271,10 @@ def tabulate(arguments: CompareArguments, records: list[dict]) -> list[list[str]
         exact = bits["exact"]
         baseline = baseline or exact
         row = [arm, f"{runs[0]['parameters']:,}"]
-        row += [f"{statistics.mean(run[name] for run in runs):,.0f}" for name in ("tokens", "seconds")]
-        row += ["" if None in values else f"{statistics.mean(values):.4f}" for values in bits.values()]
+        row += [f"{np.mean([run[name] for run in runs]):,.0f}" for name in ("tokens", "seconds")]
+        row += ["" if None in values else f"{np.mean(values):.4f}" for values in bits.values()]
         if several:
-            row += [" ".join(f"{value:.4f}" for value in exact), f"{max(exact):.4f}"]
+            row += [" ".join(f"{value:.4f}" for value in exact), f"{np.max(exact):.4f}"]
         rows.append([*row, "" if arm == arguments.arms[0] else paired_difference(exact, baseline)])
     return rows
 

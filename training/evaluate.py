@@ -13,14 +13,18 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from data import bytes_per_token, load_corpus, read_text, sample_blocks, token_blocks
 from datasets import Dataset
+from records import write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from train import RunError, load_model, load_tokenizer, run_command, stepped
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_stateful_gpt.generation_gateloop import position_limit
 
 
 @torch.no_grad()
@@ -55,7 +59,7 @@ def evaluate(
     solver: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """`{"1": …, "2": …, "exact": …}`, each with `bits_per_byte` and `perplexity` (per token)."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model.config.get_text_config())
     if limit is not None and block_size > limit:
         raise RunError(f"--block_size {block_size} is more than the model's max_position_embeddings ({limit}).")
     blocks = sample_blocks(token_blocks(documents, tokenizer, block_size), max_blocks)
@@ -67,7 +71,7 @@ def evaluate(
         nats = mean_nats(model, blocks, num_passes, batch_size, solver)
         results["exact" if num_passes is None else str(num_passes)] = {
             "bits_per_byte": nats / math.log(2) / width,
-            "perplexity": math.exp(nats),
+            "perplexity": float(np.exp(nats)),
         }
     return results
 
@@ -89,7 +93,7 @@ def main() -> None:
     for name, values in counts.items():
         if any(value is not None and value < 1 for value in values):
             raise RunError(f"--{name} must be at least 1.")
-    model = load_model(arguments.checkpoint)
+    model = load_model(arguments.checkpoint).to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     tokenizer = load_tokenizer(arguments.checkpoint)
     files = arguments.text_file
     documents = [read_text(Path(name)) for name in files] if files else load_corpus().validation
@@ -105,8 +109,12 @@ def main() -> None:
     )
     if Path(arguments.checkpoint).is_dir():
         text = ", ".join(Path(name).name for name in files) if files else "Validation text of the default corpus"
+        if arguments.max_blocks is not None:
+            text += f", at most {arguments.max_blocks} blocks of it"
+        if arguments.solver is not None:
+            text += f" ({arguments.solver} passes)"
         record = {"text": text, "block_size": arguments.block_size, "results": results}
-        (Path(arguments.checkpoint) / "evaluation.json").write_text(json.dumps(record, indent=1))
+        write_json(Path(arguments.checkpoint, "evaluation.json"), record)
     if arguments.json:
         print(json.dumps(results))
         return

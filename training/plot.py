@@ -48,8 +48,8 @@ def draw_lengths(runs: dict[str, list[dict]], trained: int, path: Path) -> None:
         (line,) = axes.plot(lengths, scores.mean(0), label=name, marker="o", markersize=3)
         axes.fill_between(lengths, scores.min(0), scores.mean(0), color=line.get_color(), alpha=0.15)
         for run in records:
-            steps = np.linspace(0, run["settings"]["max_steps"], len(run["losses"]) + 1)[1:]
-            losses.plot(steps, run["losses"], color=line.get_color(), linewidth=1)
+            steps = [int(step) for step in run["losses"]]
+            losses.plot(steps, run["losses"].values(), color=line.get_color(), linewidth=1)
     losses.set(xlabel="training step", ylabel="loss in nats, sequences of training")
     axes.axvline(trained, color="black", linewidth=0.8, linestyle=":", label="longest in training")
     axes.set_xscale("log", base=2)

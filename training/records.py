@@ -1,4 +1,4 @@
-"""Files of JSON lines that outlive a kill."""
+"""Files of JSON that outlive a kill."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,13 @@ def read_records(file: Path) -> list[dict]:
         except ValueError:
             continue
     return records
+
+
+def write_json(file: Path, value: dict) -> None:
+    """Writes the whole file or, if killed, leaves the one that was there."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(value, indent=1))
+    new.replace(file)
 
 
 def append_record(file: Path, record: dict) -> None:

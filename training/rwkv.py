@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from compare import final_evaluation
+from compare import Run, final_evaluation
 from data import byte_tokenizer
 from train import build_model, count_parameters, parse, prepare_data, run_command, train
 from transformers import PreTrainedTokenizerBase, RwkvConfig, RwkvForCausalLM, set_seed
@@ -75,8 +75,9 @@ def main() -> None:
     if results is not None:
         data = prepare_data(data_arguments, str(beginning))
         folder = Path(training_arguments.output_dir)
-        bits = final_evaluation(folder, data, data_arguments.block_size, max_blocks=10**6)
-        print(json.dumps({"arm": "transformers_rwkv", **results, "bits_per_byte": bits}))
+        run = Run("transformers_rwkv", seed, folder, model_arguments, data_arguments, training_arguments)
+        bits = final_evaluation(run, data, max_blocks=10**6)
+        print(json.dumps({"arm": run.arm, **results, "bits_per_byte": bits}))
 
 
 if __name__ == "__main__":

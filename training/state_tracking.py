@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from plot import draw_lengths, draw_scores
 from records import append_record, read_records
 from rich.console import Console
@@ -167,7 +168,7 @@ class ModularArithmetic(Task):
 
 
 class BracketedArithmetic(Task):
-    """`((1+-4)*(3-(2)))` modulo 5. Products make 0 the most frequent value: to answer it always scores about 0.13."""
+    """`((1+-4)*(3-(2)))` modulo 5. Products make 0 the most frequent value: to answer it always scores about 0.14."""
 
     def draw(self, random, length):
         expression, value = self.expression(random, length)
@@ -378,6 +379,10 @@ MODELS: dict[str, Preset | None] = {
     **{name: PRESETS[name] for name in ("reversible", "reversible_forgetting")},
     "token_shift": replace(PRESETS["token_shift"], decoder=NO_POSITIONS),
     "stateful": Preset(NO_POSITIONS, {**PRESETS["stateful"].stateful, "num_groups": 16}),
+    # However long the sequence is, 17 runs of the model one after another: the plain pass, and one over 16 groups.
+    "stateful_two_passes": Preset(
+        NO_POSITIONS, {**PRESETS["stateful"].stateful, "num_groups": 16, "num_no_grad_passes": 1}
+    ),
     "stateful_sequential": Preset(NO_POSITIONS, SEQUENTIAL),
     # The noise teaches it to mend small errors, which in sequences longer than those of training would add up.
     "stateful_sequential_noise": Preset(NO_POSITIONS, {**SEQUENTIAL, "feedback_noise": 0.1}),
@@ -495,8 +500,8 @@ class StateTrackingTraining(TrainArguments):
     def __post_init__(self) -> None:
         if self.max_seconds is not None or self.patience is not None or self.num_train_epochs > 0:
             raise ValueError("Every run takes --max_steps; leave out --max_seconds, --patience and --num_train_epochs.")
-        if self.seed != TrainArguments.seed:
-            raise ValueError("The seeds are those of --seeds; leave out --seed.")
+        if self.seed != TrainArguments.seed or self.data_seed is not None:
+            raise ValueError("The seeds are those of --seeds; leave out --seed and --data_seed.")
         if self.eval_strategy != "no" or self.save_strategy != "no":
             raise ValueError(
                 "A run is tested at its end and leaves its record; leave out --eval_strategy and --save_strategy."
@@ -544,7 +549,7 @@ def train_and_test(
         "seconds": round(seconds),
         "cpu_seconds": round(cpu_seconds),
         "test_seconds": round(time.perf_counter() - started - seconds),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry},
         "results": results,
     }
 
@@ -590,23 +595,49 @@ def settings_of(
     return json.loads(json.dumps(settings, default=str))
 
 
-def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) -> list[dict]:
-    """The records of all runs, of which those in the output folder are not done again.
+def check(arguments: StateTrackingArguments, training: StateTrackingTraining) -> None:
+    """Says before the first run what is wrong with the last.
 
     Raises:
-        RunError: an unknown task or model, or a run in the folder that was made with other settings.
+        RunError: an unknown task or model, one named twice, or what cannot be trained or tested.
     """
     for kind, names, table in (("task", arguments.tasks, TASKS), ("model", arguments.models, MODELS)):
         for name in names:
             if name not in table:
                 raise RunError(f"There is no {kind} {name!r}; choose from {', '.join(table)}.")
+    for option in ("tasks", "models", "seeds", "test_lengths"):
+        values = getattr(arguments, option) or []
+        if len(set(values)) < len(values):
+            raise RunError(f"--{option} names something twice.")
+    counts = {"test_sequences": arguments.test_sequences, "warm_start_epochs": arguments.warm_start_epochs}
+    for name, count in counts.items():
+        if count < 1:
+            raise RunError(f"--{name} must be at least 1.")
+    for task in arguments.tasks:
+        shortest = TASKS[task].train_lengths[0]
+        if any(length < shortest for length in lengths_of(TASKS[task], arguments)):
+            raise RunError(f"--test_lengths of {task} must be at least {shortest}.")
     for name in arguments.models:
-        with torch.device("meta"):
-            model = build_model(name, TASKS[arguments.tasks[0]], arguments, seed=0)
         preset = MODELS[name]
         warm = preset is not None and preset.warm_start
+        if "recall" in arguments.tasks and (warm or preset is None):
+            raise RunError(f"{name} has nothing for the silence in recall; leave one of them out.")
+        try:
+            with torch.device("meta"):
+                model = build_model(name, TASKS[arguments.tasks[0]], arguments, seed=0)
+        except (StrictDataclassError, ValueError) as error:
+            raise RunError(str(error.__cause__ or error)) from error
         data = DataArguments(context=arguments.context, chunk_size=arguments.chunk_size)
         check_context(model, warm, data, training)
+
+
+def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) -> list[dict]:
+    """The records of all runs, of which those in the output folder are not done again.
+
+    Raises:
+        RunError: what cannot be trained or tested, or a run in the folder that was made with other settings.
+    """
+    check(arguments, training)
     file = Path(training.output_dir, "runs.jsonl")
     before = read_records(file)
     runs = []

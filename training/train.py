@@ -28,6 +28,7 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model
 from plot import draw
+from records import write_json
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -429,8 +430,15 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokenizer, seed: int) -> PreTrainedModel:
-    """The model to train, in the data type it is stored in (fp32 from scratch).
+def build_model(
+    arguments: ModelArguments,
+    data_arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    base: PreTrainedModel | None = None,
+) -> PreTrainedModel:
+    """The model to train, in the data type it is stored in (fp32 from scratch). `base`: what stands at
+    `model_name_or_path`, for a caller that has it already.
 
     Raises:
         RunError: an unknown preset, a checkpoint with missing weights, too small a vocabulary or too few positions.
@@ -443,7 +451,7 @@ def build_model(arguments: ModelArguments, data_arguments: DataArguments, tokeni
         raise RunError("--stateful_config is for a preset with feedback; leave it out.")
     feedback = None if preset.stateful is None else {**preset.stateful, "pass_seed": seed, **stateful}
     decoder = {**preset.decoder, **config_fields("--decoder_config", arguments.decoder_config, GateLoopConfig)}
-    model = load_model(arguments.model_name_or_path) if arguments.model_name_or_path else None
+    model = base or (load_model(arguments.model_name_or_path) if arguments.model_name_or_path else None)
     try:
         if model is None:
             model = matched_model(decoder_config(arguments, data_arguments, tokenizer, decoder), feedback)
@@ -481,9 +489,10 @@ def checked_model(
     data_arguments: DataArguments,
     training_arguments: TrainArguments,
     tokenizer: PreTrainedTokenizerBase,
+    base: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """`build_model`, for what can be trained as asked: if not, a RunError says why."""
-    model = build_model(model_arguments, data_arguments, tokenizer, training_arguments.seed)
+    model = build_model(model_arguments, data_arguments, tokenizer, training_arguments.seed, base)
     check_context(model, warm_start(model_arguments), data_arguments, training_arguments)
     check_step_per_pass(model_arguments, data_arguments, training_arguments)
     return model
@@ -536,10 +545,15 @@ def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback:
             f"--preset {arguments.preset} is for a model from scratch; choose a preset with feedback, or none."
         )
     text_config = model.config.get_text_config()
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "dropout", "decoder_config"):
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "dropout"):
         own = getattr(text_config, "hidden_dropout" if name == "dropout" else name, None)
         if getattr(arguments, name) not in (getattr(defaults, name), own):
             raise RunError(f"--{name} is for a model from scratch; {arguments.model_name_or_path} has its own.")
+    decoder = config_fields("--decoder_config", arguments.decoder_config, GateLoopConfig)
+    if pattern := decoder.get("layer_types"):
+        decoder["layer_types"] = repeated(pattern, text_config.num_hidden_layers)
+    if any(getattr(text_config, name, None) != value for name, value in decoder.items()):
+        raise RunError(f"--decoder_config is for a model from scratch; {arguments.model_name_or_path} has its own.")
     layer_types = getattr(text_config, "layer_types", None) or []
     if arguments.preset == "gpt" and not RECURRENT_LAYERS.keys().isdisjoint(layer_types):
         raise RunError(f"{arguments.model_name_or_path} is no gpt: it has layers with a state; leave out --preset.")
@@ -757,7 +771,7 @@ def train(
         model = checked_model(model_arguments, data_arguments, training_arguments, data.tokenizer)
         if main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "run.json").write_text(json.dumps(settings, indent=1))
+            write_json(folder / "run.json", settings)
     if main_process:
         print(json.dumps(data.report, indent=1))
         print(f"{type(model).__name__}: {count_parameters(model):,} parameters")
@@ -825,7 +839,7 @@ def train(
     if main_process:
         if any(entry["step"] > 0 for entry in results["log"]):
             draw({results["preset"]: [results]}, folder / "training_curve.png")
-        results_file.write_text(json.dumps(results, indent=1))
+        write_json(results_file, results)
         print(f"Saved to {folder}.")
         if push:
             publish(folder, results, training_arguments)
@@ -833,10 +847,16 @@ def train(
 
 
 def spent(checkpoint: str | None) -> dict[str, float]:
-    """The tokens and seconds of training behind a checkpoint; 0 if this command did not leave it."""
-    file = Path(checkpoint or "", "results.json")
-    results = json.loads(file.read_text()) if checkpoint and file.is_file() else {"tokens": 0, "seconds": 0.0}
-    return {name: results[name] for name in ("tokens", "seconds")}
+    """The tokens and seconds of training behind a checkpoint, up to what it has logged last if it is one of a run; 0 if
+    this command did not leave it."""
+    if checkpoint and (file := Path(checkpoint, "results.json")).is_file():
+        results = json.loads(file.read_text())
+        return {name: results[name] for name in ("tokens", "seconds")}
+    state = saved_state(checkpoint) if checkpoint else None
+    for entry in reversed(state.log_history if state else []):
+        if "train_seconds" in entry:
+            return {"tokens": entry["tokens"], "seconds": entry["train_seconds"]}
+    return {"tokens": 0, "seconds": 0.0}
 
 
 def make_trainer(
@@ -951,7 +971,7 @@ def publish(folder: Path, results: dict, arguments: TrainArguments) -> None:
     except (HTTPError, ValueError, OSError, RuntimeError) as error:
         raise RunError(f"{error}\nThe model is in {folder}. Give the same command again to push it.") from error
     results["pushed"] = commit.commit_url
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    write_json(folder / "results.json", results)
     print(f"Pushed to {commit.commit_url}.")
 
 
