@@ -44,7 +44,7 @@ STEPS = {
     "gateloop cartesian": decoder(layer_types=["gateloop"], state_transition="cartesian"),
     "hybrid": lambda: GateLoopForCausalLM(DECODERS["hybrid"]()),
     **{f"stateful {feedback}": around("gpt", feedback=feedback) for feedback in FUSIONS},
-    "stateful, own dropout masks": around("dropout", share_dropout_masks=False),
+    "stateful with dropout": around("dropout"),
     "stateful, noise and plain prefixes": around("gateloop", feedback_noise=0.1, prefix_mixin=0.5, num_passes=3),
     "stateful, passes apart": around("gpt", detach_between_passes=True),
     "stateful, cyclic": around("gpt", training_solver="cyclic", num_passes=3, num_groups=2),
@@ -249,7 +249,7 @@ def test_inductor_trains_as_eager_mode_does():
 @NEEDS_A_COMPILER
 def test_inductor_shares_dropout_masks_among_passes():
     torch.manual_seed(0)
-    model = around("dropout", feedback="correction", num_passes=3)().train()
+    model = around("dropout", feedback="correction", num_passes=3, share_dropout_masks=True)().train()
     compiled = torch.compile(model)
     losses = torch.stack([compiled(input_ids=tokens(2, 9), labels=tokens(2, 9)).pass_losses for _ in range(2)])
     torch.testing.assert_close(losses, losses[:, :1].expand(-1, 3), **CLOSE)

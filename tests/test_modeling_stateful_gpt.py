@@ -820,10 +820,11 @@ def test_padding_in_training_leaves_gradients_finite_and_equal():
         torch.testing.assert_close(a, b)
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("share", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(share):
     gradients = []
     for checkpointing in (False, True):
-        model = train()
+        model = train(share_dropout_masks=share)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.2
