@@ -330,9 +330,9 @@ def test_what_is_beyond_a_piece_is_learned_over_unbounded_context(short_recall, 
 
 def test_a_model_that_looks_back_is_refused_unbounded_context(short_recall, command):
     with pytest.raises(RunError, match=r"layers 0 \(full_attention\)"):
-        command("--tasks=recall", "--models=gpt", "--context=unbounded")
+        command("--tasks=recall", "--models=gpt", "--context=unbounded", "--test_lengths=30")
     with pytest.raises(RunError, match="choose from blocks, unbounded, truncated"):
-        command("--tasks=recall", "--models=reversible", "--context=endless")
+        command("--tasks=recall", "--models=reversible", "--context=endless", "--test_lengths=30")
 
 
 def test_what_is_short_is_learned(command):
@@ -371,8 +371,9 @@ def test_other_settings_and_unknown_names_are_refused(command):
         command("--tasks", "parity", "flip_flop", "--test_lengths", "3")
     with pytest.raises(RunError, match="hidden_size"):
         command("--hidden_size=50")
-    with pytest.raises(RunError, match="lstm has nothing for the silence in recall"):
-        command("--tasks", "recall", "--models", "lstm")
+    for model in ("lstm", "warm_start"):
+        with pytest.raises(RunError, match=f"leave out {model}"):
+            command("--tasks", "recall", "--models", model, "--test_lengths", "1100")
     with pytest.raises(RunError, match="leave out --eval_strategy and --save_strategy"):
         command("--models", "gpt", "--save_strategy=steps")
     with pytest.raises(RunError, match="too few for the pattern gateloop, full_attention: there would be no full"):

@@ -621,7 +621,7 @@ def check(arguments: StateTrackingArguments, training: StateTrackingTraining) ->
         preset = MODELS[name]
         warm = preset is not None and preset.warm_start
         if "recall" in arguments.tasks and (warm or preset is None):
-            raise RunError(f"{name} has nothing for the silence in recall; leave one of them out.")
+            raise RunError(f"recall is for models of ours that never see a sequence twice; leave out {name}.")
         try:
             with torch.device("meta"):
                 model = build_model(name, TASKS[arguments.tasks[0]], arguments, seed=0)
