@@ -195,6 +195,7 @@ def test_models_have_the_same_number_of_parameters():
 TINY = [
     "--hidden_size=16", "--max_steps=6", "--warm_start_epochs=3", "--warmup_steps=1", "--test_sequences=8",
     "--test_lengths", "12", "20", "--per_device_train_batch_size=64", "--use_cpu=true", "--disable_tqdm=true",
+    "--logging_steps=2",
 ]  # fmt: skip
 
 
@@ -213,7 +214,8 @@ def test_every_model_is_trained_and_tested_once(command, tmp_path, capsys):
     records = command("--models", *MODELS, "--seeds", "0", "1", "--num_hidden_layers=2")
     assert [(r["model"], r["seed"]) for r in records] == [(model, seed) for model in MODELS for seed in (0, 1)]
     for record in records:
-        assert set(record["results"]) == {"12", "20"} and np.isfinite([*record["losses"].values()]).all()
+        assert set(record["results"]) == {"12", "20"} and list(record["losses"]) == ["2", "4", "6"]
+        assert np.isfinite([*record["losses"].values()]).all()
         assert record["settings"]["longest_in_training"] == [3, 11, 40]
         for result in record["results"].values():
             assert result["answers"] == 8 and result["accuracy"] == 1 - result["wrong"] / 8
@@ -369,7 +371,7 @@ def test_other_settings_and_unknown_names_are_refused(command):
             command(f"--{count}=0")
     with pytest.raises(RunError, match="--test_lengths of flip_flop must be at least 4"):
         command("--tasks", "parity", "flip_flop", "--test_lengths", "3")
-    with pytest.raises(RunError, match="hidden_size"):
+    with pytest.raises(RunError, match=r"hidden_size \(50\) must be a multiple"):
         command("--hidden_size=50")
     for model in ("lstm", "warm_start"):
         with pytest.raises(RunError, match=f"leave out {model}"):

@@ -483,6 +483,7 @@ def test_a_comparison_tabulates_draws_samples_and_resumes(text_files, tmp_path, 
         ("gpt --data-seed 1", "Leave out --data_seed"),
         ("gpt --preset stateful", "Leave out --preset"),
         ("rnn", "no preset 'rnn'"),
+        ("--dropout 0.1", "has no preset, nor does it go on"),
         ("", "no preset ''"),
     ],
 )
@@ -504,14 +505,27 @@ def test_what_an_arm_goes_on_from_is_checked_before_anything_is_trained(text_fil
 def test_arms_go_on_from_checkpoints_and_from_arms_that_went_on(text_files, tmp_path, monkeypatch):
     early = "gpt --model_name_or_path {output_dir}/gpt-seed{seed}/checkpoint-4 --max_steps=2"
     stateful = """stateful --model_name_or_path {output_dir}/gpt-seed{seed} --max_steps=2
-        --stateful_config '{"training_solver": "sequential"}'"""
-    again = f"--model_name_or_path {run_folder('{output_dir}', stateful, 0)} --max_steps=1"
+        --trainable=lora --stateful_config '{"training_solver": "sequential"}'"""
+    again = f"--model_name_or_path {run_folder('{output_dir}', stateful, 0)} --max_steps=1 --trainable=fusion"
+    without = """stateful --stateful_config '{"feedback": null}'"""
     more = ["--sample_tokens=5", "--decoder_config", '{"mlp_type": "swiglu"}']
-    command = ["compare.py", "--arms", "gpt", early, stateful, again, *options(text_files, tmp_path / "all", *more)]
+    command = [
+        "compare.py",
+        "--arms",
+        "gpt",
+        early,
+        stateful,
+        again,
+        without,
+        *options(text_files, tmp_path / "all", *more),
+    ]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--arms", "gpt", *command[command.index("--text_file") :]])
+    compare_main()
+    # One is finished, the others are not begun.
     monkeypatch.setattr(sys, "argv", command)
     compare_main()
     records = {record["arm"]: record for record in lines(tmp_path / "all/comparison.jsonl")}
-    assert [record["tokens"] // (8 * 32) for record in records.values()] == [6, 4 + 2, 6 + 2, 6 + 2 + 1]
+    assert [record["tokens"] // (8 * 32) for record in records.values()] == [6, 4 + 2, 6 + 2, 6 + 2 + 1, 6]
     spent = [records[arm]["seconds"] for arm in ("gpt", stateful, again)]
     assert spent == sorted(spent) and 0 < records[early]["before"]["seconds"] < spent[0]
     bits = records[stateful]["bits_per_byte"]

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from evaluate import evaluate
+from peft import PeftModel
 from plot import draw
 from records import append_record, read_records
 from rich.console import Console
@@ -123,6 +124,8 @@ def plan(arguments: CompareArguments, rest: list[str]) -> list[Run]:
             folder = run_folder(arguments.output_dir, arm, seed)
             given = [*preset, "--seed", str(seed), "--output_dir", str(folder)]
             run = Run(arm, seed, folder, *parse([*rest, *own, *given]))
+            if not preset and not run.model.model_name_or_path:
+                raise RunError(f"{arm!r} has no preset, nor does it go on from anything (--model_name_or_path).")
             # In the order of its start, what goes on would read again what that has just read.
             run.training.data_seed = seed + 1000 if run.model.model_name_or_path else seed
             runs.append(run)
@@ -185,23 +188,25 @@ def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
     """Says what is wrong with the last arm before hours are spent on the first.
 
     Raises:
-        RunError: a folder that holds something else; of what is still to be begun, a model that cannot be trained as
+        RunError: a folder that holds something else; of what is not finished, a model that cannot be trained as
             asked, an arm that goes on from one after it, or a checkpoint with another tokenizer than the first arm's.
     """
     folders = {run.folder for run in runs}
     sources = {run.folder: source_of(run, folders) for run in runs}
-    untrained: dict[Path, PreTrainedModel] = {}
+    earlier: set[Path] = set()
+    models: dict[Path, PreTrainedModel] = {}
     for run in runs:
         check_folder(run.folder, settings_of(run.model, run.data, run.training))
-        if run.folder.exists():
-            continue
         start, source = run.model.model_name_or_path, sources[run.folder]
-        if source and source not in untrained:
-            if not source.exists():
-                raise RunError(f"{run.arm!r} goes on from {start}, which no arm before it leaves; change their order.")
+        if source and source not in earlier:
+            raise RunError(f"{run.arm!r} goes on from {start}, which no arm before it leaves; change their order.")
+        earlier.add(run.folder)
+        if (run.folder / "results.json").exists():
+            if run.folder in sources.values():
+                models[run.folder] = load_model(str(run.folder))
             continue
         # What an arm leaves has the tokenizer of all.
-        base = copy.deepcopy(untrained[source]) if source else load_model(start) if start else None
+        base = copy.deepcopy(models[source]) if source else load_model(start) if start else None
         other = start and not source and not run.data.tokenizer_name
         if other and load_tokenizer(start).get_vocab() != data().tokenizer.get_vocab():
             raise RunError(
@@ -210,7 +215,7 @@ def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
             )
         model = checked_model(run.model, run.data, run.training, data().tokenizer, base)
         if run.folder in sources.values():
-            untrained[run.folder] = model
+            models[run.folder] = model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def source_of(run: Run, folders: set[Path]) -> Path | None:
@@ -232,6 +237,7 @@ def final_evaluation(run: Run, data: TrainingData, max_blocks: int) -> dict[str,
     stateful = isinstance(model, StatefulGPTForCausalLM)
     in_passes = stateful and model.config.training_solver != "sequential" and not warm
     trained = model.config.trained_passes() if in_passes else 1
+    key = str(trained) if in_passes else "exact"
     results = evaluate(
         model,
         data.tokenizer,
@@ -245,7 +251,7 @@ def final_evaluation(run: Run, data: TrainingData, max_blocks: int) -> dict[str,
     return {
         # A model without feedback has one pass, which is exact.
         "one_pass": bits.get("1", exact),
-        "trained_passes": bits[str(trained)] if in_passes else None if warm else exact,
+        "trained_passes": None if warm else bits.get(key, exact),
         "exact": exact,
     }
 

@@ -597,8 +597,6 @@ def decoder_config(
     }
     given = {**sizes, **more}
     if pattern := given.get("layer_types"):
-        if not isinstance(pattern, list):
-            raise RunError(f'--decoder_config: layer_types must be a list such as ["gateloop"], not {pattern!r}.')
         given["layer_types"] = repeated(pattern, given["num_hidden_layers"])
     return GateLoopConfig(**given)
 
@@ -607,8 +605,10 @@ def repeated(pattern: list[str], num_layers: int) -> list[str]:
     """The type of each layer.
 
     Raises:
-        RunError: fewer layers than it takes to have one of each type.
+        RunError: not a list, or fewer layers than it takes to have one of each type.
     """
+    if not isinstance(pattern, list):
+        raise RunError(f'--decoder_config: layer_types must be a list such as ["gateloop"], not {pattern!r}.')
     layer_types = [pattern[i % len(pattern)] for i in range(num_layers)]
     if missing := set(pattern) - set(layer_types):
         raise RunError(
