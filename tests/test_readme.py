@@ -80,11 +80,11 @@ def test_the_python_snippets_run_one_after_the_other_where_only_the_wheel_is_ins
 def test_the_commands_have_the_options_that_are_shown():
     commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     training = [c[c.index("training/train.py") + 1 :] for c in commands if "training/train.py" in c]
-    assert len(training) > 5
+    assert len(training) == 11
     for arguments in training:
         parse(arguments)
     comparisons = [c[c.index("training/compare.py") + 1 :] for c in commands if "training/compare.py" in c]
-    assert len(comparisons) > 5
+    assert len(comparisons) == 11
     for arguments in comparisons:
         plan(*parse_comparison(arguments))
 
