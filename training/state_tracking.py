@@ -620,7 +620,7 @@ def check(arguments: StateTrackingArguments, training: StateTrackingTraining) ->
     for name in arguments.models:
         preset = MODELS[name]
         warm = preset is not None and preset.warm_start
-        if "recall" in arguments.tasks and (warm or preset is None):
+        if any(TASKS[task].silence is not None for task in arguments.tasks) and (warm or preset is None):
             raise RunError(f"recall is for models of ours that never see a sequence twice; leave out {name}.")
         try:
             with torch.device("meta"):
