@@ -265,23 +265,36 @@ def paired_difference(values: list[float], baseline: list[float]) -> str:
     return f"{mean} ± {differences.std(ddof=1) / math.sqrt(len(differences)):.4f}"
 
 
+def in_seconds(record: dict, seconds: float) -> float:
+    """Bits per byte at the best evaluation within the first `seconds` of training; nan if there was none."""
+    losses = [entry["eval_loss"] for entry in record["log"] if entry["train_seconds"] <= seconds]
+    return np.min(losses or [math.nan]) / math.log(2) / record["data"]["bytes_per_token"]
+
+
 def tabulate(arguments: CompareArguments, records: list[dict]) -> list[list[str]]:
     """The heading and a row for each arm."""
     several = len(arguments.seeds) > 1
+    first = arguments.arms[0]
     heading = ["arm", "parameters", "tokens", "seconds", "one pass", "trained passes", "exact"]
-    rows = [[*heading, *(["every seed", "worst seed"] if several else []), f"difference to {arguments.arms[0]}"]]
-    baseline = None
+    heading += ["every seed", "worst seed"] if several else []
+    rows = [[*heading, f"difference to {first}", "… in the same seconds"]]
+    baseline = [record for record in records if record["arm"] == first]
     for arm in arguments.arms:
         runs = [record for record in records if record["arm"] == arm]
         bits = {name: [run["bits_per_byte"][name] for run in runs] for name in runs[0]["bits_per_byte"]}
         exact = bits["exact"]
-        baseline = baseline or exact
         row = [arm, f"{runs[0]['parameters']:,}"]
         row += [f"{np.mean([run[name] for run in runs]):,.0f}" for name in ("tokens", "seconds")]
         row += ["" if None in values else f"{np.mean(values):.4f}" for values in bits.values()]
         if several:
             row += [" ".join(f"{value:.4f}" for value in exact), f"{np.max(exact):.4f}"]
-        rows.append([*row, "" if arm == arguments.arms[0] else paired_difference(exact, baseline)])
+        if arm == first:
+            rows.append([*row, "", ""])
+            continue
+        row.append(paired_difference(exact, [run["bits_per_byte"]["exact"] for run in baseline]))
+        budgets = [run["seconds"] for run in baseline]
+        by_the_clock = (list(map(in_seconds, records_of, budgets)) for records_of in (runs, baseline))
+        rows.append([*row, paired_difference(*by_the_clock)])
     return rows
 
 
@@ -290,8 +303,9 @@ def show_table(arguments: CompareArguments, records: list[dict], path: Path) -> 
     title = f"Validation bits per byte, mean of seeds {', '.join(map(str, arguments.seeds))} (lower is better)"
     notes = (
         "Exact: stepped token by token, as in decoding. Tokens and seconds: of training, up to the model evaluated. "
-        "Difference: its mean over runs of the same seed, and the standard error. No trained passes: they start from "
-        "states of the epoch before, which there are none of for this text."
+        "Difference: its mean over runs of the same seed, and the standard error; in the same seconds: of the best "
+        "evaluations in training up to the second at which the first arm has the model evaluated. No trained passes: "
+        "they start from states of the epoch before, which there are none of for this text."
     )
     heading, *rows = tabulate(arguments, records)
     table = Table(*map(escape, heading), title=title)
