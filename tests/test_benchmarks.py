@@ -11,11 +11,15 @@ from train import RunError, parse, train
 
 
 def test_training_steps_and_decoding_are_compared_with_the_plain_model(monkeypatch, capsys):
-    modes = ["2 passes", "3 cyclic passes, gradient through the last", "warm start"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--pairs=1", "--feedback=gated_add", "--modes", *modes])
+    modes = ["token shift", "3 cyclic passes, gradient through the last", "warm start"]
+    sizes = ["--hidden_size=32", "--num_hidden_layers=1", "--block_size=24", "--batch_size=3"]
+    command = ["benchmark.py", "--pairs=1", "--feedback=gated_add", *sizes, "--modes", *modes, "decoding"]
+    monkeypatch.setattr(sys, "argv", command)
     benchmark()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["what"] for line in lines[1:4]] == [f"training step, gated_add, {mode}" for mode in modes]
+    assert (lines[0]["hidden_size"], lines[0]["batch_size"]) == (32, 3)
+    of_modes = [f"training step, gated_add, {mode}" for mode in modes]
+    assert [line["what"] for line in lines[1:]] == [*of_modes, "decoding 64 tokens, gated_add"]
     assert all(line["ratio"] > 0 for line in lines[1:])
 
 

@@ -1,6 +1,7 @@
 """What the feedback costs: training steps of every kind and decoded tokens, as ratios to the plain model.
 
     python training/benchmark.py
+    python training/benchmark.py --hidden_size 64 --num_hidden_layers 2 --block_size 128 --batch_size 16
 
 Both sides of a ratio run in turn in one process, and the ratio is taken pair by pair, so that it holds when the
 machine's speed drifts. One JSON line per ratio: the median, and the smallest and largest pair. Close everything else.
@@ -60,7 +61,9 @@ def passes(solver: str, with_gradient: int, without: int = 0, **more) -> dict:
 
 MODES: dict[str, dict] = {
     "1 pass, plain": passes("jacobi", 1),
+    "token shift": passes("jacobi", 1, feedback_source="embedding"),
     "2 passes": passes("jacobi", 2),
+    "2 passes, gradient through the last": passes("jacobi", 1, 1),
     "3 passes": passes("jacobi", 3),
     "3 passes, detached": passes("jacobi", 3, detach_between_passes=True),
     "3 passes, gradient through the last": passes("jacobi", 1, 2),
@@ -73,30 +76,34 @@ MODES: dict[str, dict] = {
 }
 """Fields of `StatefulGPTConfig` for each way to train."""
 
+DECODING = "decoding"
+
 
 def model(feedback: str | None, decoder: dict, **config) -> StatefulGPTForCausalLM:
     torch.manual_seed(0)
     return StatefulGPTForCausalLM(StatefulGPTConfig(text_config=GateLoopConfig(**decoder), feedback=feedback, **config))
 
 
-def training_steps(feedback: str, mode: str, pairs: int) -> dict:
-    """A step (forward, backward, AdamW) against a plain one: width 256, 4 layers, T = 256, batch 8. That of a warm
-    start reads its states from a file and writes them to another, of 8 MB each."""
-    ids = torch.randint(0, 256, (8, 256))
-    start = torch.arange(8) * 1000
-    sizes = {"hidden_size": 256, "num_hidden_layers": 4}
+def training_steps(feedback: str, mode: str, arguments: argparse.Namespace) -> dict:
+    """A step (forward, backward, AdamW) against a plain one. That of a warm start reads its states from a file and
+    writes them to another."""
+    batch, length, width = arguments.batch_size, arguments.block_size, arguments.hidden_size
+    ids = torch.randint(0, 256, (batch, length))
+    start = torch.arange(batch) * length
+    sizes = {"hidden_size": width, "num_hidden_layers": arguments.num_hidden_layers}
     steps = []
     with TemporaryDirectory() as folder:
         for kind in (feedback, None):
             network = model(kind, sizes, **MODES[mode]).train()
             optimizer = torch.optim.AdamW(network.parameters())
-            store = StateStore(folder, num_tokens=16384, width=256) if kind and mode.startswith("warm") else None
-            if store is not None:
-                store.write(0, start, torch.randn(8, 256, 256))
+            store = None
+            if kind and mode.startswith("warm"):
+                store = StateStore(folder, num_tokens=ids.numel(), width=width)
+                store.write(0, start, torch.randn(batch, length, width))
 
             def step(network=network, optimizer=optimizer, store=store) -> None:
                 optimizer.zero_grad()
-                states = None if store is None else store.read(1, start, 256).float()
+                states = None if store is None else store.read(1, start, length).float()
                 outputs = network(ids, labels=ids, use_cache=False, initial_states=states)
                 outputs.loss.backward()
                 optimizer.step()
@@ -105,10 +112,10 @@ def training_steps(feedback: str, mode: str, pairs: int) -> dict:
 
             steps.append(step)
         measured, reference = steps
-        return paired_ratio(measured, reference, pairs, f"training step, {feedback}, {mode}")
+        return paired_ratio(measured, reference, arguments.pairs, f"training step, {feedback}, {mode}")
 
 
-def decoding(feedback: str, tokens: int, pairs: int) -> dict:
+def decoding(feedback: str, pairs: int, tokens: int = 64) -> dict:
     """Greedy decoding of `tokens` tokens through `generate()`: width 512, 6 layers, batch 1, a prompt of 1 token."""
     prompt = torch.zeros(1, 1, dtype=torch.long)
     runs = []
@@ -126,14 +133,22 @@ def decoding(feedback: str, tokens: int, pairs: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--modes", nargs="+", default=[*MODES, DECODING], choices=[*MODES, DECODING])
     parser.add_argument("--feedback", nargs="+", default=["gated_add", "glu", "correction"])
+    of_steps = parser.add_argument_group("of the training steps")
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "block_size": 256, "batch_size": 8}
+    for name, value in sizes.items():
+        of_steps.add_argument(f"--{name}", type=int, default=value)
     arguments = parser.parse_args()
-    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}))
+    chosen = {name: getattr(arguments, name) for name in sizes}
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), **chosen}))
     for feedback in arguments.feedback:
         for mode in arguments.modes:
-            print(json.dumps(training_steps(feedback, mode, arguments.pairs)), flush=True)
-        print(json.dumps(decoding(feedback, 64, arguments.pairs)), flush=True)
+            if mode == DECODING:
+                result = decoding(feedback, arguments.pairs)
+            else:
+                result = training_steps(feedback, mode, arguments)
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
