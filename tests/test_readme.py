@@ -84,7 +84,7 @@ def test_the_commands_have_the_options_that_are_shown():
     for arguments in training:
         parse(arguments)
     comparisons = [c[c.index("training/compare.py") + 1 :] for c in commands if "training/compare.py" in c]
-    assert len(comparisons) == 12
+    assert len(comparisons) == 13
     for arguments in comparisons:
         plan(*parse_comparison(arguments))
 
