@@ -85,6 +85,8 @@ class GateLoopConfig(PreTrainedConfig):
         return super().to_dict()
 
     def validate_architecture(self):
+        if self.hidden_size < 1:
+            raise ValueError(f"hidden_size is {self.hidden_size}; it must be at least 1.")
         if self.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; it must be at least 1.")
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
@@ -104,6 +106,11 @@ class GateLoopConfig(PreTrainedConfig):
             )
         if self.hidden_size % 2 and "reversible" in self.layer_types:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be even: a reversible state has two halves.")
+        if self.head_dim % 2 and self.position_embedding_type == "rope" and "full_attention" in self.layer_types:
+            raise ValueError(
+                f"head_dim ({self.head_dim}; by default hidden_size / num_attention_heads) must be even: rotary "
+                "positions turn pairs of numbers."
+            )
         if self.position_embedding_type not in ("rope", "none"):
             raise ValueError(f"position_embedding_type must be 'rope' or 'none', not {self.position_embedding_type!r}.")
 

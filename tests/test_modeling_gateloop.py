@@ -163,5 +163,10 @@ def test_bad_input_is_refused_by_name():
         GateLoopConfig(**LLAMA_LIKE, layer_types=["full_attention"])
     with pytest.raises(Exception, match="must be a multiple of num_attention_heads"):
         GateLoopConfig(num_attention_heads=0)
+    with pytest.raises(Exception, match=r"head_dim \(3;.*must be even"):
+        GateLoopConfig(hidden_size=12, num_attention_heads=4)
+    GateLoopConfig(hidden_size=12, num_attention_heads=4, position_embedding_type="none")
+    with pytest.raises(Exception, match="hidden_size is 0"):
+        GateLoopConfig(hidden_size=0)
     with pytest.raises(Exception, match="must be 'rope' or 'none'"):
         GateLoopConfig(position_embedding_type="learned")

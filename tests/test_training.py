@@ -570,7 +570,9 @@ def test_the_trained_passes_of_a_warm_start_have_no_figure():
 
 def test_arms_are_also_compared_in_the_seconds_that_the_first_one_took():
     def record(arm, seed, best, *log):
-        evaluations = [{"train_seconds": seconds, "eval_loss": bits * math.log(2)} for seconds, bits in log]
+        # A step takes a second; before the first, nothing is learned.
+        times = [(0, 2.0), *log]
+        evaluations = [{"step": s, "train_seconds": s, "eval_loss": bits * math.log(2)} for s, bits in times]
         bits = {"exact": min(bits for _, bits in log)}
         run = {"arm": arm, "seed": seed, "parameters": 1, "tokens": 2, "seconds": best, "log": evaluations}
         return {**run, "bits_per_byte": bits, "data": {"bytes_per_token": 1.0}}
@@ -578,9 +580,9 @@ def test_arms_are_also_compared_in_the_seconds_that_the_first_one_took():
     records = [
         record("gpt", 0, 10, (5, 3.0), (10, 2.5), (15, 2.6)),  # At its best at the second 10.
         record("slow", 0, 30, (10, 2.75), (20, 2.5), (30, 2.0)),
-        record("late", 0, 30, (11, 2.5), (30, 2.0)),
+        record("late", 0, 30, (12, 2.5), (30, 2.0)),
         record("gpt", 1, 20, (10, 2.5), (20, 2.25)),
-        record("slow", 1, 30, (10, 2.75), (20, 2.75), (30, 2.0)),
+        record("slow", 1, 30, (10, 2.75), (21, 2.75), (22, 2.0)),  # 21 ends the step in which second 20 is over.
         record("late", 1, 30, (20, 2.0), (30, 2.0)),
     ]
     heading, gpt, slow, late = tabulate(CompareArguments(arms=["gpt", "slow", "late"], seeds=[0, 1]), records)

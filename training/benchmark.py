@@ -141,6 +141,11 @@ def main() -> None:
         of_steps.add_argument(f"--{name}", type=int, default=value)
     arguments = parser.parse_args()
     chosen = {name: getattr(arguments, name) for name in sizes}
+    for name in ("pairs", *sizes):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1.")
+    if arguments.hidden_size % 8:
+        parser.error(f"--hidden_size {arguments.hidden_size} must be a multiple of 8, for four heads of even width.")
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), **chosen}))
     for feedback in arguments.feedback:
         for mode in arguments.modes:

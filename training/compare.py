@@ -156,8 +156,8 @@ class WriteEvaluations(TrainerCallback):
 
 def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
     """Returns the records of all runs, or None if interrupted."""
-    if arguments.max_eval_blocks < 1 or not arguments.sample_prompt:
-        raise RunError("--max_eval_blocks must be at least 1, and --sample_prompt not empty.")
+    if arguments.max_eval_blocks < 1 or arguments.sample_tokens < 1 or not arguments.sample_prompt:
+        raise RunError("--max_eval_blocks and --sample_tokens must be at least 1, and --sample_prompt not empty.")
     runs = plan(arguments, rest)
     folder = Path(arguments.output_dir)
     records_file = folder / "comparison.jsonl"
@@ -266,8 +266,11 @@ def paired_difference(values: list[float], baseline: list[float]) -> str:
 
 
 def in_seconds(record: dict, seconds: float) -> float:
-    """Bits per byte at the best evaluation within the first `seconds` of training; nan if there was none."""
-    losses = [entry["eval_loss"] for entry in record["log"] if entry["train_seconds"] <= seconds]
+    """Bits per byte at the best evaluation within the first `seconds` of training, and the step that they end in; nan
+    if there was none."""
+    trained = [entry for entry in record["log"] if entry["step"] > 0]
+    # With --max_seconds, every run ends with the step that goes beyond them, which takes another time in each arm.
+    losses = [e["eval_loss"] for e in trained if e["train_seconds"] * (1 - 1 / e["step"]) <= seconds]
     return np.min(losses or [math.nan]) / math.log(2) / record["data"]["bytes_per_token"]
 
 
@@ -304,7 +307,8 @@ def show_table(arguments: CompareArguments, records: list[dict], path: Path) -> 
     notes = (
         "Exact: stepped token by token, as in decoding. Tokens and seconds: of training, up to the model evaluated. "
         "Difference: its mean over runs of the same seed, and the standard error; in the same seconds: of the best "
-        "evaluations in training up to the second at which the first arm has the model evaluated. No trained passes: "
+        "evaluations in training (of --max_eval_samples blocks, not --max_eval_blocks) up to the second at which the "
+        "first arm has the model evaluated, nan if there were none. No trained passes: "
         "they start from states of the epoch before, which there are none of for this text."
     )
     heading, *rows = tabulate(arguments, records)
