@@ -582,7 +582,7 @@ def test_arms_are_also_compared_in_the_seconds_that_the_first_one_took():
         record("slow", 0, 30, (10, 2.75), (20, 2.5), (30, 2.0)),
         record("late", 0, 30, (12, 2.5), (30, 2.0)),
         record("gpt", 1, 20, (10, 2.5), (20, 2.25)),
-        record("slow", 1, 30, (10, 2.75), (21, 2.75), (22, 2.0)),  # 21 ends the step in which second 20 is over.
+        record("slow", 1, 30, (10, 3.0), (21, 2.75), (22, 2.0)),  # 21 ends the step in which second 20 is over.
         record("late", 1, 30, (20, 2.0), (30, 2.0)),
     ]
     heading, gpt, slow, late = tabulate(CompareArguments(arms=["gpt", "slow", "late"], seeds=[0, 1]), records)
