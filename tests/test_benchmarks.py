@@ -28,7 +28,7 @@ def test_sizes_of_which_no_step_can_be_made_are_refused(option, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["benchmark.py", option])
     with pytest.raises(SystemExit):
         benchmark()
-    assert f"{option.split('=')[0]} " in capsys.readouterr().err.splitlines()[-1]
+    assert f"{option.split('=')[0][2:]} " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_solvers_are_compared_with_stepping_and_drawn(text_files, tmp_path, monkeypatch, capsys):  # noqa: F811

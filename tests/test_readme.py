@@ -12,8 +12,10 @@ from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import pytest
+from by_the_clock import tabulate
 from compare import parse_comparison, plan
 from packaging.requirements import Requirement
+from records import read_records
 from train import parse
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +89,24 @@ def test_the_commands_have_the_options_that_are_shown():
     assert len(comparisons) == 13
     for arguments in comparisons:
         plan(*parse_comparison(arguments))
+
+
+def differences(text):
+    """All that is written as a mean and its standard error."""
+    return [(float(m.replace("−", "-")), float(e)) for m, e in re.findall(r"([+−-]?\d+\.\d+) ± (\d+\.\d+)", text)]
+
+
+def test_what_the_page_says_of_equal_time_is_what_the_command_says_of_the_records():
+    page = (ROOT / "docs/experiments.md").read_text()
+    commands = re.findall(r"training/by_the_clock\.py (\S+\.jsonl)(?: --baseline (\d+))? --costs ([\d. ]+)", page)
+    assert len(commands) == 3
+    for file, baseline, costs in commands:
+        _, *rows = tabulate(read_records(ROOT / file), int(baseline or 0), [float(cost) for cost in costs.split()])
+        compared = [row for row in rows if not row[0].startswith("gpt") and len(row[1].split()) > 2]
+        assert len(compared) >= 2
+        for row in compared:
+            for mean, error in differences(" ".join(row[4:5] + row[6:])):
+                assert any(abs(mean - m) < 6e-4 and abs(error - e) < 6e-4 for m, e in differences(page)), (file, row)
 
 
 def links(page):

@@ -366,7 +366,9 @@ def test_other_settings_and_unknown_names_are_refused(command):
             command("--models", "gpt", option)
     with pytest.raises(RunError, match="--seeds names something twice"):
         command("--seeds", "1", "1")
-    for count in ("test_sequences", "warm_start_epochs"):
+    with pytest.raises(RunError, match="--seeds must lie between 0 and"):
+        command("--seeds", "0", "-1")
+    for count in ("max_steps", "test_sequences", "warm_start_epochs"):
         with pytest.raises(RunError, match=f"--{count} must be at least 1"):
             command(f"--{count}=0")
     with pytest.raises(RunError, match="--test_lengths of flip_flop must be at least 4"):

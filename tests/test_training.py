@@ -15,10 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import by_the_clock
 import pytest
 import torch
 from compare import (
     CompareArguments,
+    compare,
     paired_difference,
     parse_comparison,
     plan,
@@ -27,7 +29,7 @@ from compare import (
     without_evaluation,
 )
 from compare import main as compare_main
-from data import byte_tokenizer, sample_blocks, token_blocks
+from data import DataError, byte_tokenizer, sample_blocks, token_blocks
 from evaluate import evaluate, mean_nats
 from hypothesis import given
 from hypothesis import strategies as st
@@ -194,7 +196,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(what, text_files, tmp_pa
         assert process.poll() is None, output
     process.send_signal(signal.SIGINT)
     output += process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "Run the same command again to resume." in output
+    assert process.returncode == 1 and "Run the same command again to resume." in output
     assert not (halves / "results.json").exists() and list(halves.glob("checkpoint-*"))
 
     resumed = run("train.py", options(text_files, halves, *arguments))
@@ -478,7 +480,8 @@ def test_a_comparison_tabulates_draws_samples_and_resumes(text_files, tmp_path, 
     [
         ("gpt", "only once"),
         ("gpt --block_size 16", "data of its own"),
-        ("gpt --patience 0", "at least"),
+        ("gpt --patience 0", "'gpt --patience 0': --patience must be at least 1"),
+        ("gpt --learning_rate=-1", "'gpt --learning_rate=-1': --learning_rate is -1.0"),
         ("gpt --seed=1", "Leave out --seed"),
         ("gpt --data-seed 1", "Leave out --data_seed"),
         ("gpt --preset stateful", "Leave out --preset"),
@@ -500,6 +503,20 @@ def test_what_an_arm_goes_on_from_is_checked_before_anything_is_trained(text_fil
         with pytest.raises(RunError, match=message):
             compare_main()
         assert not (tmp_path / "all").exists()
+
+
+def test_a_comparison_says_which_arm_cannot_be_trained_and_where_it_cannot_be_written(text_files, tmp_path):
+    (tmp_path / "file").write_text("something")
+    for arm, folder, message in (
+        ("stateful --dropout 2", tmp_path / "x", "'stateful --dropout 2': dropout"),
+        ("stateful", tmp_path / "file", "is a file or lies below one; use another --output_dir"),
+        ("stateful", tmp_path / "file/x", "is a file or lies below one; use another --output_dir"),
+    ):
+        with pytest.raises(RunError, match=message):
+            compare(*parse_comparison(["--arms", "gpt", arm, *options(text_files, folder)]))
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "text"}
+    with pytest.raises(DataError, match=r"The validation text: The text has \d+ tokens, less than one block"):
+        train(*parse(options(text_files[:1], tmp_path / "x", "--validation_fraction=0.001", "--block_size=500")))
 
 
 def test_arms_go_on_from_checkpoints_and_from_arms_that_went_on(text_files, tmp_path, monkeypatch):
@@ -590,6 +607,32 @@ def test_arms_are_also_compared_in_the_seconds_that_the_first_one_took():
     assert gpt[-2:] == ["", ""]
     assert slow[-2:] == ["-0.3750 ± 0.1250", "+0.3750 ± 0.1250"]
     assert late[-1] == "+nan ± nan"  # It was not evaluated as early as that.
+
+
+def test_the_records_of_a_comparison_say_what_is_best_in_equal_time():
+    def record(arm, seed, *log):
+        best = min(log, key=lambda entry: entry[2])
+        names = ("step", "train_seconds", "eval_loss")
+        entries = [dict(zip(names, (s, t, b * math.log(2)), strict=True)) | {"tokens": 100 * s} for s, t, b in log]
+        run = {"arm": arm, "seed": seed, "tokens": 100 * best[0], "seconds": best[1], "data": {"bytes_per_token": 1.0}}
+        return {**run, "log": entries, "bits_per_byte": {"exact": best[2]}}
+
+    records = [
+        record("gpt", 0, (0, 0, 9.0), (10, 10, 3.0), (20, 20, 2.0), (30, 30, 2.5), (40, 40, 3.0)),
+        # Of its seconds half are of what ran beside it.
+        record("other", 0, (0, 0, 9.0), (10, 30, 3.0), (20, 60, 1.5), (30, 90, 2.25), (40, 120, 2.25)),
+        record("other", 1, (0, 0, 9.0), (10, 30, 1.0)),
+    ]
+    _, gpt, other = by_the_clock.tabulate(records, costs=[1.0, 1.5])
+    assert gpt == ["gpt", "0", "2.0000", "2.0000", "", "", "", ""]
+    assert other == ["other", "0 1", "1.2500", "1.5000", "-0.5000", "-0.5000", "+nan", "+1.0000"]
+    assert by_the_clock.tabulate(records, baseline=1)[1][4:] == ["+0.5000", "+0.5000", "+0.5000", "+0.5000"]
+    assert math.isnan(by_the_clock.best_of_three(records[2]))
+    for wrong in ({"baseline": 2}, {"costs": [1.0]}, {"costs": [1.0, 0.0]}):
+        with pytest.raises(RunError, match=r"--baseline 2|--costs are"):
+            by_the_clock.tabulate(records, **wrong)
+    with pytest.raises(RunError, match="There are 0 arms"):
+        by_the_clock.tabulate([])
 
 
 def test_a_seed_that_diverged_is_in_the_table():
@@ -700,6 +743,11 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     for preset in ("gpt", "token_shift"):
         refused(text_files, tmp_path, f"--preset={preset}", "--warm_start=true", message="feeds its hidden state back")
     refused(text_files, tmp_path, "--num_hidden_layers=0", message="num_hidden_layers is 0")
+    refused(text_files, tmp_path, "--learning_rate=-1", message="--learning_rate is -1.0; it must be at least 0")
+    refused(text_files, tmp_path, "--learning_rate=nan", message="--learning_rate is nan")
+    refused(text_files, tmp_path, "--per_device_train_batch_size=0", message="_size is 0; it must be at least 1")
+    refused(text_files, tmp_path, "--seed=-1", message="--seed and --data_seed must lie between 0 and 4294967295")
+    refused(text_files, tmp_path, "--data_see=1", message="--data_see")
     refused(text_files, tmp_path, "--preset=hybrid", message="too few for the pattern gateloop, full_attention")
     refused(text_files, tmp_path, "--decoder_config", '{"layer_types": "gateloop"}', message="must be a list such as")
     refused(text_files, tmp_path, "--max_eval_samples=0", message="--max_eval_samples must be")

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 from warm_start import StateStore
 
@@ -144,8 +145,10 @@ def main() -> None:
     for name in ("pairs", *sizes):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1.")
-    if arguments.hidden_size % 8:
-        parser.error(f"--hidden_size {arguments.hidden_size} must be a multiple of 8, for four heads of even width.")
+    try:
+        model(None, {name: chosen[name] for name in ("hidden_size", "num_hidden_layers")})
+    except StrictDataclassError as error:
+        parser.error(str(error.__cause__ or error))
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), **chosen}))
     for feedback in arguments.feedback:
         for mode in arguments.modes:

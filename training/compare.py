@@ -43,6 +43,7 @@ from train import (
     TrainArguments,
     TrainingData,
     check_folder,
+    check_place,
     checked_model,
     load_model,
     load_tokenizer,
@@ -123,7 +124,10 @@ def plan(arguments: CompareArguments, rest: list[str]) -> list[Run]:
             own = [o.replace("{seed}", str(seed)).replace("{output_dir}", arguments.output_dir) for o in own]
             folder = run_folder(arguments.output_dir, arm, seed)
             given = [*preset, "--seed", str(seed), "--output_dir", str(folder)]
-            run = Run(arm, seed, folder, *parse([*rest, *own, *given]))
+            try:
+                run = Run(arm, seed, folder, *parse([*rest, *own, *given]))
+            except RunError as error:
+                raise RunError(f"{arm!r}: {error}") from error
             if not preset and not run.model.model_name_or_path:
                 raise RunError(f"{arm!r} has no preset, nor does it go on from anything (--model_name_or_path).")
             # In the order of its start, what goes on would read again what that has just read.
@@ -161,6 +165,7 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
     runs = plan(arguments, rest)
     folder = Path(arguments.output_dir)
     records_file = folder / "comparison.jsonl"
+    check_place(folder)
     if folder.exists() and any(folder.iterdir()) and not any(folder.glob("*/run.json")):
         raise RunError(f"{folder} holds something that is not a comparison; use another --output_dir.")
     records = read_records(records_file)
@@ -213,7 +218,10 @@ def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
                 f"{run.arm!r} goes on from {start}, which has another tokenizer than {runs[0].arm!r}. Let the first "
                 f"arm go on from it too, or name one for all arms (--tokenizer_name)."
             )
-        model = checked_model(run.model, run.data, run.training, data().tokenizer, base)
+        try:
+            model = checked_model(run.model, run.data, run.training, data().tokenizer, base)
+        except RunError as error:
+            raise RunError(f"{run.arm!r}: {error}") from error
         if run.folder in sources.values():
             models[run.folder] = model.merge_and_unload() if isinstance(model, PeftModel) else model
 
@@ -341,7 +349,8 @@ def show_samples(arguments: CompareArguments) -> None:
 
 def parse_comparison(given: list[str]) -> tuple[CompareArguments, list[str]]:
     """The options of a comparison, and those of train.py."""
-    parser = HfArgumentParser(CompareArguments, description=__doc__)
+    # Of the options that follow, some begin like these.
+    parser = HfArgumentParser(CompareArguments, description=__doc__, allow_abbrev=False)
     arguments, rest = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
     return arguments, rest
 
@@ -350,7 +359,7 @@ def main() -> None:
     arguments, rest = parse_comparison(sys.argv[1:])
     records = compare(arguments, rest)
     if records is None:
-        return
+        sys.exit(1)
     folder = Path(arguments.output_dir)
     show_table(arguments, records, folder / "comparison.md")
     runs = {arm: [record for record in records if record["arm"] == arm] for arm in arguments.arms}

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from train import (
     OF_A_STEP,
     PRESETS,
+    SEEDS,
     DataArguments,
     DocumentTrainer,
     Preset,
@@ -43,6 +44,7 @@ from train import (
     WindowTrainer,
     batch_size,
     check_context,
+    check_place,
     count_parameters,
     matched_model,
     repeated,
@@ -610,9 +612,12 @@ def check(arguments: StateTrackingArguments, training: StateTrackingTraining) ->
         if len(set(values)) < len(values):
             raise RunError(f"--{option} names something twice.")
     counts = {"test_sequences": arguments.test_sequences, "warm_start_epochs": arguments.warm_start_epochs}
-    for name, count in counts.items():
+    for name, count in {"max_steps": training.max_steps, **counts}.items():
         if count < 1:
             raise RunError(f"--{name} must be at least 1.")
+    if any(seed not in SEEDS for seed in arguments.seeds):
+        raise RunError(f"--seeds must lie between 0 and {SEEDS[-1]}.")
+    check_place(Path(training.output_dir))
     for task in arguments.tasks:
         shortest = TASKS[task].train_lengths[0]
         if any(length < shortest for length in lengths_of(TASKS[task], arguments)):
@@ -722,7 +727,8 @@ def show_overview(scores: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser((StateTrackingArguments, StateTrackingTraining), description=__doc__)
+    types = (StateTrackingArguments, StateTrackingTraining)
+    parser = HfArgumentParser(types, description=__doc__, allow_abbrev=False)
     try:
         arguments, training = parser.parse_args_into_dataclasses()
     except ValueError as error:

@@ -175,6 +175,16 @@ ENDLESS = 10**9
 """Steps."""
 
 
+AT_LEAST = {
+    **{"learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "eval_steps": 0, "gradient_accumulation_steps": 1},
+    **{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1},
+}
+"""Of transformers' arguments, those whose value is otherwise refused by what is made after the model, if at all."""
+
+SEEDS = range(2**32)
+"""Of which numpy's and torch's generators are made."""
+
+
 @dataclass
 class TrainArguments(TrainingArguments):
     """TrainingArguments with defaults for small models trained from scratch."""
@@ -233,6 +243,11 @@ class TrainArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = True
 
     def __post_init__(self) -> None:
+        for name, least in AT_LEAST.items():
+            if not getattr(self, name) >= least:  # Nor is what is no number.
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.seed not in SEEDS or (self.data_seed is not None and self.data_seed not in SEEDS):
+            raise ValueError(f"--seed and --data_seed must lie between 0 and {SEEDS[-1]}.")
         steps_given = self.max_steps >= 0 or self.num_train_epochs > 0
         if self.max_seconds is not None:
             if steps_given or self.patience is not None:
@@ -416,10 +431,17 @@ def prepare_data(arguments: DataArguments, model_name_or_path: str | None = None
         arguments.validation_fraction,
         arguments.max_train_bytes,
     )
+
+    def blocks(part: str, documents: list[str]) -> Dataset:
+        try:
+            return token_blocks(documents, tokenizer, arguments.block_size)
+        except DataError as error:
+            raise DataError(f"The {part} text: {error}") from error
+
     return TrainingData(
         tokenizer=tokenizer,
-        train=token_blocks(corpus.train, tokenizer, arguments.block_size) if arguments.context == "blocks" else None,
-        validation=token_blocks(corpus.validation, tokenizer, arguments.block_size),
+        train=blocks("training", corpus.train) if arguments.context == "blocks" else None,
+        validation=blocks("validation", corpus.validation),
         train_documents=corpus.train,
         validation_documents=corpus.validation,
         report={**corpus.report, "bytes_per_token": bytes_per_token(corpus.validation, tokenizer)},
@@ -676,11 +698,16 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     return next(filter(saved_state, reversed(sort_checkpoints(str(folder)))), None)
 
 
+def check_place(folder: Path) -> None:
+    """Raises a RunError where no folder can be."""
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise RunError(f"{folder} is a file or lies below one; use another --output_dir.")
+
+
 def check_folder(folder: Path, settings: dict) -> None:
     """Raises a RunError if `folder` holds something else, or a run with other settings."""
+    check_place(folder)
     marker = folder / "run.json"
-    if any(parent.is_file() for parent in folder.parents):
-        raise RunError(f"{folder} lies below a file; use another --output_dir.")
     if marker.exists():
         try:
             before = json.loads(marker.read_text())
@@ -696,7 +723,7 @@ def check_folder(folder: Path, settings: dict) -> None:
                 f"{folder} holds a run with other settings ({differences}). To resume it, use the same settings; to "
                 f"start anew, use another --output_dir."
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} holds something that is not a run of this command; use another --output_dir.")
 
 
@@ -976,7 +1003,8 @@ def publish(folder: Path, results: dict, arguments: TrainArguments) -> None:
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainArguments]:
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), description=__doc__)
+    types = (ModelArguments, DataArguments, TrainArguments)
+    parser = HfArgumentParser(types, description=__doc__, allow_abbrev=False)
     try:
         return parser.parse_args_into_dataclasses(args=arguments)
     except ValueError as error:
@@ -993,5 +1021,10 @@ def run_command(command: Callable[[], object]) -> None:
         sys.exit("Interrupted. Run the same command again to go on from the last checkpoint.")
 
 
+def main() -> None:
+    if train(*parse(sys.argv[1:])) is None:
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    run_command(lambda: train(*parse(sys.argv[1:])))
+    run_command(main)
