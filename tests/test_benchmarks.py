@@ -23,12 +23,12 @@ def test_training_steps_and_decoding_are_compared_with_the_plain_model(monkeypat
     assert all(line["ratio"] > 0 for line in lines[1:])
 
 
-@pytest.mark.parametrize("option", ["--pairs=0", "--block_size=-1", "--hidden_size=12"])
+@pytest.mark.parametrize("option", ["--pairs=0", "--block_size=-1", "--hidden_size=12", "--feedback=none"])
 def test_sizes_of_which_no_step_can_be_made_are_refused(option, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", option])
     with pytest.raises(SystemExit):
         benchmark()
-    assert f"{option.split('=')[0][2:]} " in capsys.readouterr().err.splitlines()[-1]
+    assert option.split("=")[0].strip("-") in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_solvers_are_compared_with_stepping_and_drawn(text_files, tmp_path, monkeypatch, capsys):  # noqa: F811

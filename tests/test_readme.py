@@ -91,22 +91,53 @@ def test_the_commands_have_the_options_that_are_shown():
         plan(*parse_comparison(arguments))
 
 
-def differences(text):
-    """All that is written as a mean and its standard error."""
-    return [(float(m.replace("−", "-")), float(e)) for m, e in re.findall(r"([+−-]?\d+\.\d+) ± (\d+\.\d+)", text)]
+def rows_below(heading, page):
+    """Of the table with this heading: what the first column says, and numbers (mean, or mean and standard error)."""
+    lines = page[page.index(f"\n| {heading} |") + 1 :].split("\n\n")[0].splitlines()[2:]
+    for line in lines:
+        name, *cells = (cell.strip(" *") for cell in line.replace("−", "-").strip("|").split("|"))
+        yield name.split("]")[0].strip("[*"), [[float(n) for n in re.findall(r"-?\d+\.\d+", cell)] for cell in cells]
 
 
-def test_what_the_page_says_of_equal_time_is_what_the_command_says_of_the_records():
+def arm_of(name, arms):
+    starts = {"GPT": "gpt", "token shift": "token_shift", "Stateful GPT": "stateful"}
+    preset = next((preset for start, preset in starts.items() if name.startswith(start)), "warm_start")
+    return next(a for a in arms if a.startswith(preset) and ("pass_probabilities" in a) == name.startswith("…"))
+
+
+IN_EQUAL_TIME = [(0, "… in the seconds"), (0, "… by the costs"), (1, "… by the costs")]
+UNTIL_NOTHING_IMPROVES = [(), (0, "exact"), (0, "worst seed"), (0, "difference"), (1, "difference")]
+
+
+@pytest.mark.parametrize(
+    "heading,file,columns",
+    [
+        ("Python's manual and library", "data_limited", UNTIL_NOTHING_IMPROVES),
+        ("Python, in equal time", "data_limited", IN_EQUAL_TIME),
+        ("Tiny Shakespeare", "data_limited_shakespeare", UNTIL_NOTHING_IMPROVES),
+        ("Tiny Shakespeare, in equal time", "data_limited_shakespeare", IN_EQUAL_TIME),
+        ("Python, 6 layers", "data_limited6", UNTIL_NOTHING_IMPROVES),
+        ("Python, 6 layers, in equal time", "data_limited6", IN_EQUAL_TIME),
+    ],
+)
+def test_what_the_page_says_of_little_text_is_what_the_command_says_of_its_records(heading, file, columns):
     page = (ROOT / "docs/experiments.md").read_text()
-    commands = re.findall(r"training/by_the_clock\.py (\S+\.jsonl)(?: --baseline (\d+))? --costs ([\d. ]+)", page)
-    assert len(commands) == 3
-    for file, baseline, costs in commands:
-        _, *rows = tabulate(read_records(ROOT / file), int(baseline or 0), [float(cost) for cost in costs.split()])
-        compared = [row for row in rows if not row[0].startswith("gpt") and len(row[1].split()) > 2]
-        assert len(compared) >= 2
-        for row in compared:
-            for mean, error in differences(" ".join(row[4:5] + row[6:])):
-                assert any(abs(mean - m) < 6e-4 and abs(error - e) < 6e-4 for m, e in differences(page)), (file, row)
+    (costs,) = re.findall(rf"training/by_the_clock\.py docs/results/{file}\.jsonl --costs ([\d. ]+)", page)
+    records = read_records(ROOT / f"docs/results/{file}.jsonl")
+    tables = []
+    for baseline in (0, 1):
+        names, *rows = tabulate(records, baseline, [float(cost) for cost in costs.split()])
+        tables.append({row[0]: dict(zip(names, row, strict=True)) for row in rows})
+    compared = [*rows_below(heading, page)]
+    assert len(compared) >= 3
+    for name, cells in compared:
+        arm = arm_of(name, tables[0])
+        for cell, column in zip(cells, columns, strict=True):
+            if column and cell:
+                expected = [float(n) for n in re.findall(r"-?\d+\.\d+", tables[column[0]][arm][column[1]])]
+                if " ± " in tables[column[0]][arm][column[1]] and len(cell) == 2 and "seeds" in name:
+                    continue  # Two seeds, each of which is shown.
+                assert cell == pytest.approx(expected, abs=6e-4), (name, column)
 
 
 def links(page):

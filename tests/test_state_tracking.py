@@ -368,7 +368,13 @@ def test_other_settings_and_unknown_names_are_refused(command):
         command("--seeds", "1", "1")
     with pytest.raises(RunError, match="--seeds must lie between 0 and"):
         command("--seeds", "0", "-1")
-    for count in ("max_steps", "test_sequences", "warm_start_epochs"):
+    for share in ("nan", "-1", "2"):
+        with pytest.raises(RunError, match=r"--curriculum is .*; it must lie between 0 and 1"):
+            command(f"--curriculum={share}")
+    for number in (0, -1):
+        with pytest.raises(RunError, match=f"--max_steps is {number}; it must be at least 1"):
+            command(f"--max_steps={number}")
+    for count in ("test_sequences", "warm_start_epochs"):
         with pytest.raises(RunError, match=f"--{count} must be at least 1"):
             command(f"--{count}=0")
     with pytest.raises(RunError, match="--test_lengths of flip_flop must be at least 4"):

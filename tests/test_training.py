@@ -21,10 +21,12 @@ import torch
 from compare import (
     CompareArguments,
     compare,
+    in_seconds,
     paired_difference,
     parse_comparison,
     plan,
     run_folder,
+    show_samples,
     tabulate,
     without_evaluation,
 )
@@ -509,6 +511,7 @@ def test_a_comparison_says_which_arm_cannot_be_trained_and_where_it_cannot_be_wr
     (tmp_path / "file").write_text("something")
     for arm, folder, message in (
         ("stateful --dropout 2", tmp_path / "x", "'stateful --dropout 2': dropout"),
+        ("stateful", Path("/proc/none/x"), "No such file or directory: '/proc/none"),
         ("stateful", tmp_path / "file", "is a file or lies below one; use another --output_dir"),
         ("stateful", tmp_path / "file/x", "is a file or lies below one; use another --output_dir"),
     ):
@@ -601,15 +604,19 @@ def test_arms_are_also_compared_in_the_seconds_that_the_first_one_took():
         record("gpt", 1, 20, (10, 2.5), (20, 2.25)),
         record("slow", 1, 30, (10, 3.0), (21, 2.75), (22, 2.0)),  # 21 ends the step in which second 20 is over.
         record("late", 1, 30, (20, 2.0), (30, 2.0)),
+        record("between", 0, 30, (5, 3.0), (15, 2.0)),  # 2.5 at the second 10.
+        record("between", 1, 30, (5, 1.0), (30, 2.0)),
     ]
-    heading, gpt, slow, late = tabulate(CompareArguments(arms=["gpt", "slow", "late"], seeds=[0, 1]), records)
+    arms = ["gpt", "slow", "late", "between"]
+    heading, gpt, slow, late, between = tabulate(CompareArguments(arms=arms, seeds=[0, 1]), records)
     assert heading[-2:] == ["difference to gpt", "… in the same seconds"]
     assert gpt[-2:] == ["", ""]
     assert slow[-2:] == ["-0.3750 ± 0.1250", "+0.3750 ± 0.1250"]
+    assert between[-1] == "-0.6250 ± 0.6250"
     assert late[-1] == "+nan ± nan"  # It was not evaluated as early as that.
 
 
-def test_the_records_of_a_comparison_say_what_is_best_in_equal_time():
+def test_the_records_of_a_comparison_say_what_is_best_in_equal_time(tmp_path, monkeypatch, capsys):
     def record(arm, seed, *log):
         best = min(log, key=lambda entry: entry[2])
         names = ("step", "train_seconds", "eval_loss")
@@ -617,22 +624,63 @@ def test_the_records_of_a_comparison_say_what_is_best_in_equal_time():
         run = {"arm": arm, "seed": seed, "tokens": 100 * best[0], "seconds": best[1], "data": {"bytes_per_token": 1.0}}
         return {**run, "log": entries, "bits_per_byte": {"exact": best[2]}}
 
+    again = record("gpt", 0, (0, 0, 9.0), (10, 10, 1.0))
     records = [
+        again,
         record("gpt", 0, (0, 0, 9.0), (10, 10, 3.0), (20, 20, 2.0), (30, 30, 2.5), (40, 40, 3.0)),
         # Of its seconds half are of what ran beside it.
-        record("other", 0, (0, 0, 9.0), (10, 30, 3.0), (20, 60, 1.5), (30, 90, 2.25), (40, 120, 2.25)),
+        record("other", 0, (0, 0, 9.0), (10, 30, 3.0), (20, 60, 1.5), (30, 90, 2.75), (40, 120, 2.75)),
         record("other", 1, (0, 0, 9.0), (10, 30, 1.0)),
+        record("third", 0, (0, 0, 9.0), (10, 10, 2.5), (20, 20, 2.25), (30, 30, 2.0)),
     ]
-    _, gpt, other = by_the_clock.tabulate(records, costs=[1.0, 1.5])
-    assert gpt == ["gpt", "0", "2.0000", "2.0000", "", "", "", ""]
-    assert other == ["other", "0 1", "1.2500", "1.5000", "-0.5000", "-0.5000", "+nan", "+1.0000"]
-    assert by_the_clock.tabulate(records, baseline=1)[1][4:] == ["+0.5000", "+0.5000", "+0.5000", "+0.5000"]
-    assert math.isnan(by_the_clock.best_of_three(records[2]))
-    for wrong in ({"baseline": 2}, {"costs": [1.0]}, {"costs": [1.0, 0.0]}):
-        with pytest.raises(RunError, match=r"--baseline 2|--costs are"):
+    # 1.5 times as expensive, "other" is at 13⅓ steps when gpt has made 20.
+    heading, gpt, other, third = by_the_clock.tabulate(records, costs=[1.0, 1.5, 1.0])
+    assert gpt == ["gpt", "1", "0", "2.0000", "2.0000", "", "", "", ""]
+    assert other == ["other", "1.5", "0 1", "1.2500", "1.5000", "-0.5000", "-0.1667", "+nan", "+0.5000"]
+    assert third[5:] == ["+0.0000", "-0.2500", "+0.2500", "+0.2500"]
+    # At the second of gpt in this table as well.
+    without_costs = by_the_clock.tabulate(records, baseline=2)
+    assert [row[4:] for row in without_costs[1:]] == [
+        ["+0.0000", "+0.2500", "-0.2500"], ["-0.5000", "+0.0833", "+nan"], ["", "", ""]
+    ]  # fmt: skip
+    assert len(heading) == len(gpt) == len(without_costs[0]) + 2
+    assert math.isnan(by_the_clock.best_of_three(records[3]))
+    for wrong in ({"baseline": 3}, {"costs": [1.0]}, {"costs": [1.0, 0.0, 1.0]}, {"costs": [1.0, math.nan, 1.0]}):
+        with pytest.raises(RunError, match=r"--baseline 3|--costs are"):
             by_the_clock.tabulate(records, **wrong)
-    with pytest.raises(RunError, match="There are 0 arms"):
-        by_the_clock.tabulate([])
+    for nothing in ([], [{"step": 1}]):
+        with pytest.raises(RunError, match=r"no records of compare\.py"):
+            by_the_clock.tabulate(nothing)
+
+    for record in records:
+        append_record(tmp_path / "records.jsonl", record)
+    monkeypatch.setattr(sys, "argv", ["by_the_clock.py", str(tmp_path / "records.jsonl"), "--costs", "1", "1.5", "1"])
+    by_the_clock.main()
+    printed = capsys.readouterr().out
+    assert "-0.1667" in printed and "+0.5000" in printed
+    monkeypatch.setattr(sys, "argv", ["by_the_clock.py", str(tmp_path / "none.jsonl")])
+    with pytest.raises(RunError, match=r"none.jsonl does not exist"):
+        by_the_clock.main()
+
+
+def test_an_arm_that_diverged_has_no_sample(capsys):
+    show_samples(CompareArguments(arms=["gpt"]), {"gpt": [{"bits_per_byte": {"exact": math.nan}}]})
+    assert capsys.readouterr().out == "No sample of gpt: it diverged.\n"
+
+
+def test_what_an_arm_went_on_from_is_in_its_seconds_as_it_was():
+    def entry(step, seconds, bits):
+        return {"step": step, "tokens": 1000 + 100 * step, "train_seconds": seconds, "eval_loss": bits * math.log(2)}
+
+    # 1,000 tokens and 5 seconds behind it; the second of two steps begins at 10 seconds or, by its cost, at 1,300.
+    log = [entry(0, 5, 9.0), entry(1, 10, 3.0), entry(2, 15, 2.0)]
+    run = {"before": {"tokens": 1000, "seconds": 5}, "log": log, "tokens": 1200, "data": {"bytes_per_token": 1.0}}
+    losses = [in_seconds(run, seconds) for seconds in (4, 5, 9.9, 10, 12, 15)]
+    assert losses == pytest.approx([math.nan, 3.0, 3.0, 2.0, 2.0, 2.0], nan_ok=True)
+    costly = by_the_clock.with_cost(run, 3.0)
+    assert costly["seconds"] == 1600
+    losses = [in_seconds(costly, seconds) for seconds in (999, 1000, 1299, 1300)]
+    assert losses == pytest.approx([math.nan, 3.0, 3.0, 2.0], nan_ok=True)
 
 
 def test_a_seed_that_diverged_is_in_the_table():
@@ -744,7 +792,11 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
         refused(text_files, tmp_path, f"--preset={preset}", "--warm_start=true", message="feeds its hidden state back")
     refused(text_files, tmp_path, "--num_hidden_layers=0", message="num_hidden_layers is 0")
     refused(text_files, tmp_path, "--learning_rate=-1", message="--learning_rate is -1.0; it must be at least 0")
-    refused(text_files, tmp_path, "--learning_rate=nan", message="--learning_rate is nan")
+    for number in ("nan", "inf"):
+        refused(text_files, tmp_path, f"--learning_rate={number}", message=f"--learning_rate is {number}; .* finite")
+        refused(text_files, tmp_path, f"--max_seconds={number}", "--max_steps=-1", message="--max_seconds must be")
+    for number in ("0", "-5"):
+        refused(text_files, tmp_path, f"--max_steps={number}", message=f"--max_steps is {number}; it must be at least")
     refused(text_files, tmp_path, "--per_device_train_batch_size=0", message="_size is 0; it must be at least 1")
     refused(text_files, tmp_path, "--seed=-1", message="--seed and --data_seed must lie between 0 and 4294967295")
     refused(text_files, tmp_path, "--data_see=1", message="--data_see")

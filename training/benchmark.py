@@ -19,9 +19,11 @@ from tempfile import TemporaryDirectory
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
+from train import run_command
 from warm_start import StateStore
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
+from modeling_stateful_gpt.feedback import FUSIONS
 
 
 def paired_ratio(measured: Callable[[], object], reference: Callable[[], object], pairs: int, what: str) -> dict:
@@ -91,7 +93,7 @@ def training_steps(feedback: str, mode: str, arguments: argparse.Namespace) -> d
     batch, length, width = arguments.batch_size, arguments.block_size, arguments.hidden_size
     ids = torch.randint(0, 256, (batch, length))
     start = torch.arange(batch) * length
-    sizes = {"hidden_size": width, "num_hidden_layers": arguments.num_hidden_layers}
+    sizes = {"hidden_size": width, "num_hidden_layers": arguments.num_hidden_layers, "max_position_embeddings": length}
     steps = []
     with TemporaryDirectory() as folder:
         for kind in (feedback, None):
@@ -135,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--modes", nargs="+", default=[*MODES, DECODING], choices=[*MODES, DECODING])
-    parser.add_argument("--feedback", nargs="+", default=["gated_add", "glu", "correction"])
+    parser.add_argument("--feedback", nargs="+", default=[*FUSIONS], choices=[*FUSIONS])
     of_steps = parser.add_argument_group("of the training steps")
     sizes = {"hidden_size": 256, "num_hidden_layers": 4, "block_size": 256, "batch_size": 8}
     for name, value in sizes.items():
@@ -160,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

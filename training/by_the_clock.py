@@ -4,19 +4,18 @@
 
 Prints for every arm its best bits per byte and, over runs of the same seed, its differences to the first arm (or to
 the one of --baseline): of the best evaluations; of the best means of three evaluations in a row, which owe less to
-chance; and of the best until the second at which the baseline is at its best, by the seconds of the records and by
-their tokens times --costs.
+chance; and of what each has when the first arm is at its best, by the seconds of the records and, given --costs, by
+tokens times these. What an arm went on from counts as plain.
 """
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from compare import console, in_seconds, paired_difference
+from compare import in_seconds, paired_difference, print_table
 from records import read_records
-from rich.markup import escape
-from rich.table import Table
 from train import RunError, run_command
 
 
@@ -27,42 +26,62 @@ def best_of_three(record: dict) -> float:
     return np.min(means) / math.log(2) / record["data"]["bytes_per_token"]
 
 
-def timed(record: dict, cost: float) -> dict:
-    """As if each token had taken `cost` seconds."""
-    log = [{**entry, "train_seconds": entry["tokens"] * cost} for entry in record["log"]]
-    return {**record, "seconds": record["tokens"] * cost, "log": log}
+def best(record: dict) -> float:
+    return record["bits_per_byte"]["exact"]
+
+
+def with_cost(record: dict, cost: float) -> dict:
+    """As if a token had taken a second, and `cost` seconds in this run's own training."""
+    before = record.get("before", {}).get("tokens", 0)
+
+    def seconds(tokens: float) -> float:
+        return before + (tokens - before) * cost
+
+    log = [{**entry, "train_seconds": seconds(entry["tokens"])} for entry in record["log"]]
+    return {**record, "seconds": seconds(record["tokens"]), "before": {"seconds": before}, "log": log}
 
 
 def tabulate(records: list[dict], baseline: int = 0, costs: list[float] | None = None) -> list[list[str]]:
-    """The heading and a row for each arm, in the order of the records.
+    """The heading and a row for each arm, in the order of the records; of several of one arm and seed the last counts.
 
     Raises:
-        RunError: there are no records, no such arm, or not a cost for each.
+        RunError: there are no records of runs, no such arm, or not a cost for each.
     """
-    arms = list(dict.fromkeys(record["arm"] for record in records))
-    if not 0 <= baseline < len(arms):
-        raise RunError(f"There are {len(arms)} arms; --baseline {baseline} must be one of them, counted from 0.")
-    costs = costs or [1.0] * len(arms)
-    if len(costs) != len(arms) or not min(costs) > 0:
-        raise RunError(f"--costs are {len(costs)}; give one above 0 for each of the {len(arms)} arms: {arms}.")
-    against = {record["seed"]: record for record in records if record["arm"] == arms[baseline]}
-    rows = [["arm", "seeds", "best", "worst seed", "difference", "… of three", "… in the seconds", "… by the costs"]]
-    for arm, cost in zip(arms, costs, strict=True):
-        runs = [record for record in records if record["arm"] == arm]
-        exact = [run["bits_per_byte"]["exact"] for run in runs]
-        row = [arm, " ".join(str(run["seed"]) for run in runs), f"{np.mean(exact):.4f}", f"{np.max(exact):.4f}"]
-        pairs = [(run, against[run["seed"]]) for run in runs if run["seed"] in against]
-        if arm == arms[baseline] or not pairs:
-            rows.append([*row, "", "", "", ""])
-            continue
-        by_cost = [(timed(run, cost), timed(base, costs[baseline])) for run, base in pairs]
-        for measure in (
-            [(run["bits_per_byte"]["exact"], base["bits_per_byte"]["exact"]) for run, base in pairs],
-            [(best_of_three(run), best_of_three(base)) for run, base in pairs],
-            [(in_seconds(run, base["seconds"]), in_seconds(base, base["seconds"])) for run, base in pairs],
-            [(in_seconds(run, base["seconds"]), in_seconds(base, base["seconds"])) for run, base in by_cost],
-        ):
-            row.append(paired_difference(*map(list, zip(*measure, strict=True))))
+    if not records or not all({"arm", "seed", "log", "bits_per_byte"} <= record.keys() for record in records):
+        raise RunError("These are no records of compare.py (comparison.jsonl), of which each names its arm.")
+    arms: dict[str, dict[int, dict]] = {}
+    for record in records:
+        arms.setdefault(record["arm"], {})[record["seed"]] = record
+    names = [*arms]
+    if not 0 <= baseline < len(names):
+        raise RunError(f"There are {len(names)} arms; --baseline {baseline} must be one of them, counted from 0.")
+    if costs and (len(costs) != len(names) or not all(0 < cost < math.inf for cost in costs)):
+        raise RunError(f"--costs are {costs}; give one above 0 for each of the {len(names)} arms: {names}.")
+    cost_of = dict(zip(names, costs, strict=True)) if costs else {}
+    first = arms[names[0]]
+
+    def by_cost(run: dict) -> float:
+        budget = with_cost(first[run["seed"]], cost_of[names[0]])["seconds"]
+        return in_seconds(with_cost(run, cost_of[run["arm"]]), budget)
+
+    measures: dict[str, Callable[[dict], float]] = {
+        "difference": best,
+        "… of three": best_of_three,
+        "… in the seconds": lambda run: in_seconds(run, first[run["seed"]]["seconds"]),
+    }
+    if costs:
+        measures["… by the costs"] = by_cost
+    rows = [["arm", *(["cost"] if costs else []), "seeds", "exact", "worst seed", *measures]]
+    for name, runs in arms.items():
+        exact = [*map(best, runs.values())]
+        row = [name, *([f"{cost_of[name]:g}"] if costs else [])]
+        row += [" ".join(map(str, runs)), f"{np.mean(exact):.4f}", f"{np.max(exact):.4f}"]
+        against = arms[names[baseline]]
+        seeds = [seed for seed in runs if seed in against and seed in first]
+        for measure in measures.values():
+            same = runs is against or not seeds
+            values = ([measure(of[seed]) for seed in seeds] for of in (runs, against))
+            row.append("" if same else paired_difference(*values))
         rows.append(row)
     return rows
 
@@ -77,11 +96,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.records.is_file():
         raise RunError(f"{arguments.records} does not exist or is not a file.")
-    heading, *rows = tabulate(read_records(arguments.records), arguments.baseline, arguments.costs)
-    table = Table(*map(escape, heading))
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    try:
+        records = read_records(arguments.records)
+    except UnicodeDecodeError as error:
+        raise RunError(f"{arguments.records} is no file of records ({error}).") from error
+    print_table(tabulate(records, arguments.baseline, arguments.costs))
 
 
 if __name__ == "__main__":

@@ -274,11 +274,16 @@ def paired_difference(values: list[float], baseline: list[float]) -> str:
 
 
 def in_seconds(record: dict, seconds: float) -> float:
-    """Bits per byte at the best evaluation within the first `seconds` of training, and the step that they end in; nan
-    if there was none."""
+    """Bits per byte after the first `seconds` of training: at the best evaluation until then or, between that second's
+    neighbours, at itself; nan if there was none until then."""
     trained = [entry for entry in record["log"] if entry["step"] > 0]
+    before = record.get("before", {}).get("seconds", 0.0)
     # With --max_seconds, every run ends with the step that goes beyond them, which takes another time in each arm.
-    losses = [e["eval_loss"] for e in trained if e["train_seconds"] * (1 - 1 / e["step"]) <= seconds]
+    begun = [before + (entry["train_seconds"] - before) * (1 - 1 / entry["step"]) for entry in trained]
+    losses = [entry["eval_loss"] for entry, start in zip(trained, begun, strict=True) if start <= seconds]
+    if losses:
+        times = [entry["train_seconds"] for entry in trained]
+        losses.append(np.interp(seconds, times, [entry["eval_loss"] for entry in trained]))
     return np.min(losses or [math.nan]) / math.log(2) / record["data"]["bytes_per_token"]
 
 
@@ -309,21 +314,26 @@ def tabulate(arguments: CompareArguments, records: list[dict]) -> list[list[str]
     return rows
 
 
+def print_table(rows: list[list[str]], title: str | None = None) -> None:
+    """Of which the first is the heading."""
+    table = Table(*map(escape, rows[0]), title=title)
+    for row in rows[1:]:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
 def show_table(arguments: CompareArguments, records: list[dict], path: Path) -> None:
     """Prints the table, and writes it to `path` as Markdown."""
     title = f"Validation bits per byte, mean of seeds {', '.join(map(str, arguments.seeds))} (lower is better)"
     notes = (
         "Exact: stepped token by token, as in decoding. Tokens and seconds: of training, up to the model evaluated. "
-        "Difference: its mean over runs of the same seed, and the standard error; in the same seconds: of the best "
-        "evaluations in training (of --max_eval_samples blocks, not --max_eval_blocks) up to the second at which the "
-        "first arm has the model evaluated, nan if there were none. No trained passes: "
-        "they start from states of the epoch before, which there are none of for this text."
+        "Difference: its mean over runs of the same seed, and the standard error; in the same seconds: by the "
+        "evaluations in training (of --max_eval_samples blocks, not --max_eval_blocks), at the second at which the "
+        "first arm has the model evaluated (or, if it was better, before it), nan if there were none. No trained "
+        "passes: they start from states of the epoch before, which there are none of for this text."
     )
     heading, *rows = tabulate(arguments, records)
-    table = Table(*map(escape, heading), title=title)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    print_table([heading, *rows], title)
     console.print(notes)
     lines = [heading, ["---"] * len(heading), *rows]
     markdown = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
@@ -331,8 +341,11 @@ def show_table(arguments: CompareArguments, records: list[dict], path: Path) -> 
 
 
 @torch.no_grad()
-def show_samples(arguments: CompareArguments) -> None:
+def show_samples(arguments: CompareArguments, runs: dict[str, list[dict]]) -> None:
     for arm in arguments.arms:
+        if not math.isfinite(runs[arm][0]["bits_per_byte"]["exact"]):
+            console.print(f"No sample of {arm}: it diverged.", markup=False)
+            continue
         run = run_folder(arguments.output_dir, arm, arguments.seeds[0])
         model = AutoModelForCausalLM.from_pretrained(run).eval()
         tokenizer = AutoTokenizer.from_pretrained(run)
@@ -365,7 +378,7 @@ def main() -> None:
     runs = {arm: [record for record in records if record["arm"] == arm] for arm in arguments.arms}
     draw(runs, folder / "comparison.png")
     console.print(f"The table and the curves: {folder / 'comparison.md'}, {folder / 'comparison.png'}")
-    show_samples(arguments)
+    show_samples(arguments, runs)
     console.print(f"Each run folder in {folder} is a checkpoint that AutoModelForCausalLM.from_pretrained loads.")
 
 

@@ -500,6 +500,8 @@ class StateTrackingTraining(TrainArguments):
     output_dir: str = "runs/state_tracking"
 
     def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"--max_steps is {self.max_steps}; it must be at least 1.")
         if self.max_seconds is not None or self.patience is not None or self.num_train_epochs > 0:
             raise ValueError("Every run takes --max_steps; leave out --max_seconds, --patience and --num_train_epochs.")
         if self.seed != TrainArguments.seed or self.data_seed is not None:
@@ -612,9 +614,11 @@ def check(arguments: StateTrackingArguments, training: StateTrackingTraining) ->
         if len(set(values)) < len(values):
             raise RunError(f"--{option} names something twice.")
     counts = {"test_sequences": arguments.test_sequences, "warm_start_epochs": arguments.warm_start_epochs}
-    for name, count in {"max_steps": training.max_steps, **counts}.items():
+    for name, count in counts.items():
         if count < 1:
             raise RunError(f"--{name} must be at least 1.")
+    if not 0 <= arguments.curriculum <= 1:
+        raise RunError(f"--curriculum is {arguments.curriculum}; it must lie between 0 and 1.")
     if any(seed not in SEEDS for seed in arguments.seeds):
         raise RunError(f"--seeds must lie between 0 and {SEEDS[-1]}.")
     check_place(Path(training.output_dir))

@@ -176,8 +176,13 @@ ENDLESS = 10**9
 
 
 AT_LEAST = {
-    **{"learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "eval_steps": 0, "gradient_accumulation_steps": 1},
-    **{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1},
+    "learning_rate": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "eval_steps": 0,
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
 }
 """Of transformers' arguments, those whose value is otherwise refused by what is made after the model, if at all."""
 
@@ -244,11 +249,13 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         for name, least in AT_LEAST.items():
-            if not getattr(self, name) >= least:  # Nor is what is no number.
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {least}.")
+            if not least <= getattr(self, name) < math.inf:  # Nor may it be no number.
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {least}, and finite.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"--max_steps is {self.max_steps}; it must be at least 1, or -1 for another end.")
         if self.seed not in SEEDS or (self.data_seed is not None and self.data_seed not in SEEDS):
             raise ValueError(f"--seed and --data_seed must lie between 0 and {SEEDS[-1]}.")
-        steps_given = self.max_steps >= 0 or self.num_train_epochs > 0
+        steps_given = self.max_steps > 0 or self.num_train_epochs > 0
         if self.max_seconds is not None:
             if steps_given or self.patience is not None:
                 raise ValueError(
@@ -256,8 +263,8 @@ class TrainArguments(TrainingArguments):
                 )
             if self.lr_scheduler_type not in (None, "cosine", "constant_with_warmup"):
                 raise ValueError("--max_seconds goes with --lr_scheduler_type cosine or constant_with_warmup.")
-            if self.max_seconds <= 0:
-                raise ValueError("--max_seconds must be more than 0.")
+            if not 0 < self.max_seconds < math.inf:
+                raise ValueError("--max_seconds must be more than 0, and finite.")
         if 0 < self.warmup_steps < 1 and not steps_given:
             raise ValueError("--warmup_steps as a share is one of --max_steps; give their number.")
         if not steps_given:
@@ -797,7 +804,10 @@ def train(
         set_seed(training_arguments.seed)
         model = checked_model(model_arguments, data_arguments, training_arguments, data.tokenizer)
         if main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunError(f"{error}; use another --output_dir.") from error
             write_json(folder / "run.json", settings)
     if main_process:
         print(json.dumps(data.report, indent=1))
@@ -1018,7 +1028,7 @@ def run_command(command: Callable[[], object]) -> None:
     except (RunError, DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("Interrupted. Run the same command again to go on from the last checkpoint.")
+        sys.exit("Interrupted. Given again, a command that trains goes on with what it has not finished.")
 
 
 def main() -> None:
