@@ -274,8 +274,8 @@ def paired_difference(values: list[float], baseline: list[float]) -> str:
 
 
 def in_seconds(record: dict, seconds: float) -> float:
-    """Bits per byte after the first `seconds` of training: at the best evaluation until then or, between that second's
-    neighbours, at itself; nan if there was none until then."""
+    """Bits per byte after `seconds` of training: of the best evaluation until then or, if that is lower, of the line
+    from the last of them to the next; nan if there was none until then."""
     trained = [entry for entry in record["log"] if entry["step"] > 0]
     before = record.get("before", {}).get("seconds", 0.0)
     # With --max_seconds, every run ends with the step that goes beyond them, which takes another time in each arm.

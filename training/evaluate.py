@@ -58,7 +58,12 @@ def evaluate(
     max_blocks: int | None = None,
     solver: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """`{"1": …, "2": …, "exact": …}`, each with `bits_per_byte` and `perplexity` (per token)."""
+    """`{"1": …, "2": …, "exact": …}`, each with `bits_per_byte` and `perplexity` (per token).
+
+    Raises:
+        RunError: the blocks are longer than the model has positions.
+        DataError: the documents have less than one block.
+    """
     limit = position_limit(model.config.get_text_config())
     if limit is not None and block_size > limit:
         raise RunError(f"--block_size {block_size} is more than the model's max_position_embeddings ({limit}).")

@@ -428,6 +428,12 @@ class TrainingData:
 
 
 def prepare_data(arguments: DataArguments, model_name_or_path: str | None = None) -> TrainingData:
+    """The text in blocks of tokens, by the tokenizer that is named, that of the checkpoint, or bytes.
+
+    Raises:
+        RunError: the tokenizer cannot be loaded.
+        DataError: the text cannot be used, or a part of it has less than one block.
+    """
     name = arguments.tokenizer_name or model_name_or_path
     tokenizer = load_tokenizer(name) if name else byte_tokenizer()
     corpus = load_corpus(
@@ -567,7 +573,11 @@ def never_fed_back(config: PreTrainedConfig) -> bool:
 
 
 def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback: dict | None) -> PreTrainedModel:
-    """The loaded model as it is, or with feedback around it."""
+    """The loaded model as it is, or with feedback around it.
+
+    Raises:
+        RunError: options that are for a model from scratch, or that do not go with what was loaded.
+    """
     defaults = ModelArguments()
     if arguments.preset is not None and PRESETS[arguments.preset].decoder:
         raise RunError(
@@ -598,7 +608,7 @@ def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback:
 
 
 def config_fields(option: str, text: str, config_class: type) -> dict:
-    """The fields of a configuration given as JSON."""
+    """The fields of a configuration given as JSON; a RunError if it is none, or names others."""
     try:
         values = dict(json.loads(text))
     except (TypeError, ValueError) as error:
@@ -772,6 +782,10 @@ def train(
     """Trains, or goes on training. Returns what `results.json` in the output folder says, or None if interrupted.
 
     `prepared` returns the data, for a caller that has made it already. `callbacks` are for the Trainer.
+
+    Raises:
+        RunError: what cannot be trained as asked, or an output folder with something else; nothing is written then.
+        DataError: see `prepare_data`.
     """
     folder = Path(training_arguments.output_dir)
     results_file = folder / "results.json"
