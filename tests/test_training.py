@@ -511,7 +511,9 @@ def test_a_comparison_says_which_arm_cannot_be_trained_and_where_it_cannot_be_wr
     (tmp_path / "file").write_text("something")
     for arm, folder, message in (
         ("stateful --dropout 2", tmp_path / "x", "'stateful --dropout 2': dropout"),
-        ("stateful", Path("/proc/none/x"), "No such file or directory: '/proc/none"),
+        ("stateful", Path("/proc/none/x"), "use another --output_dir"),
+        ("stateful", tmp_path / ("long" * 100), "use another --output_dir"),
+        ("stateful", Path("/dev/null"), "is a file or lies below one"),
         ("stateful", tmp_path / "file", "is a file or lies below one; use another --output_dir"),
         ("stateful", tmp_path / "file/x", "is a file or lies below one; use another --output_dir"),
     ):
@@ -605,7 +607,7 @@ def test_arms_are_also_compared_in_the_seconds_that_the_first_one_took():
         record("slow", 1, 30, (10, 3.0), (21, 2.75), (22, 2.0)),  # 21 ends the step in which second 20 is over.
         record("late", 1, 30, (20, 2.0), (30, 2.0)),
         record("between", 0, 30, (5, 3.0), (15, 2.0)),  # 2.5 at the second 10.
-        record("between", 1, 30, (5, 1.0), (30, 2.0)),
+        record("between", 1, 30, (5, 1.0), (30, math.nan)),  # It diverges when the time is over.
     ]
     arms = ["gpt", "slow", "late", "between"]
     heading, gpt, slow, late, between = tabulate(CompareArguments(arms=arms, seeds=[0, 1]), records)
@@ -648,7 +650,7 @@ def test_the_records_of_a_comparison_say_what_is_best_in_equal_time(tmp_path, mo
     for wrong in ({"baseline": 3}, {"costs": [1.0]}, {"costs": [1.0, 0.0, 1.0]}, {"costs": [1.0, math.nan, 1.0]}):
         with pytest.raises(RunError, match=r"--baseline 3|--costs are"):
             by_the_clock.tabulate(records, **wrong)
-    for nothing in ([], [{"step": 1}]):
+    for nothing in ([], [{"step": 1}], [1]):
         with pytest.raises(RunError, match=r"no records of compare\.py"):
             by_the_clock.tabulate(nothing)
 
@@ -795,6 +797,8 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     for number in ("nan", "inf"):
         refused(text_files, tmp_path, f"--learning_rate={number}", message=f"--learning_rate is {number}; .* finite")
         refused(text_files, tmp_path, f"--max_seconds={number}", "--max_steps=-1", message="--max_seconds must be")
+    refused(text_files, tmp_path, "--num_train_epochs=inf", message="--num_train_epochs is inf")
+    refused(text_files, tmp_path, "--patience=2", "--eval_steps=0", message="there must be evaluations")
     for number in ("0", "-5"):
         refused(text_files, tmp_path, f"--max_steps={number}", message=f"--max_steps is {number}; it must be at least")
     refused(text_files, tmp_path, "--per_device_train_batch_size=0", message="_size is 0; it must be at least 1")

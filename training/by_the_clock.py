@@ -47,7 +47,8 @@ def tabulate(records: list[dict], baseline: int = 0, costs: list[float] | None =
     Raises:
         RunError: there are no records of runs, no such arm, or not a cost for each.
     """
-    if not records or not all({"arm", "seed", "log", "bits_per_byte"} <= record.keys() for record in records):
+    fields = {"arm", "seed", "log", "bits_per_byte"}
+    if not records or not all(isinstance(record, dict) and fields <= record.keys() for record in records):
         raise RunError("These are no records of compare.py (comparison.jsonl), of which each names its arm.")
     arms: dict[str, dict[int, dict]] = {}
     for record in records:

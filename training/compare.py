@@ -283,7 +283,8 @@ def in_seconds(record: dict, seconds: float) -> float:
     losses = [entry["eval_loss"] for entry, start in zip(trained, begun, strict=True) if start <= seconds]
     if losses:
         times = [entry["train_seconds"] for entry in trained]
-        losses.append(np.interp(seconds, times, [entry["eval_loss"] for entry in trained]))
+        between = np.interp(seconds, times, [entry["eval_loss"] for entry in trained])
+        losses += [between] if math.isfinite(between) else []  # What diverges later has not yet.
     return np.min(losses or [math.nan]) / math.log(2) / record["data"]["bytes_per_token"]
 
 

@@ -179,6 +179,8 @@ AT_LEAST = {
     "learning_rate": 0,
     "warmup_steps": 0,
     "weight_decay": 0,
+    "max_grad_norm": 0,
+    "num_train_epochs": 0,
     "eval_steps": 0,
     "gradient_accumulation_steps": 1,
     "per_device_train_batch_size": 1,
@@ -272,8 +274,10 @@ class TrainArguments(TrainingArguments):
         if self.lr_scheduler_type is None:
             self.lr_scheduler_type = "cosine" if self.patience is None else "constant_with_warmup"
         if self.patience is not None:
-            if self.patience < 1 or self.eval_strategy == "no":
-                raise ValueError("--patience must be at least 1, and there must be evaluations (--eval_strategy).")
+            if self.patience < 1 or self.eval_strategy == "no" or not self.eval_steps:
+                raise ValueError(
+                    "--patience must be at least 1, and there must be evaluations (--eval_strategy, --eval_steps)."
+                )
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps
         super().__post_init__()
@@ -717,7 +721,11 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 
 def check_place(folder: Path) -> None:
     """Raises a RunError where no folder can be."""
-    if any(path.is_file() for path in (folder, *folder.parents)):
+    try:
+        blocked = any(path.exists() and not path.is_dir() for path in (folder, *folder.parents))
+    except OSError as error:
+        raise RunError(f"{error}; use another --output_dir.") from error
+    if blocked:
         raise RunError(f"{folder} is a file or lies below one; use another --output_dir.")
 
 
