@@ -147,6 +147,13 @@ def test_the_loss_compares_what_is_said_at_a_token_with_what_is_asked_there(name
         assert batch["labels"][row, 0] == NOTHING and (batch["labels"][row, len(tokens) + 1 :] == NOTHING).all()
 
 
+@pytest.mark.parametrize("name", sorted(TASKS))
+@given(st.integers(0, 3), seeds)
+def test_the_shortest_sequences_ask_something(name, more, seed):
+    targets = draw(name, TASKS[name].least + more, seed)[1]
+    assert max(targets) >= 0
+
+
 def test_training_sequences_are_new_and_become_longer():
     data = FreshSequences(TASKS["s5"], 1000, seed=0, curriculum=0.5)
     assert [data.longest(progress) for progress in (0, 0.25, 0.5, 1)] == [3, 15, 80, 80]
@@ -240,6 +247,22 @@ def test_the_overview_has_the_worst_seed_of_every_model_in_every_task(command, t
     for model, of_model in scores.items():
         assert ["│", model, *(x for score in of_model.values() for x in ("│", f"{score:.2f}")), "│"] in rows
     assert (tmp_path / "runs/overview.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_shortest_length_is_that_of_the_option(command, monkeypatch):
+    sizes = []
+
+    def drawn(task, random, length):
+        sizes.append(length)
+        return example(task, random, length)
+
+    monkeypatch.setattr(state_tracking, "example", drawn)
+    for model in ("gpt", "warm_start"):
+        (*_, record) = command("--models", model, "--shortest_length=1", "--curriculum=1", "--max_steps=12")
+        assert record["settings"]["longest_in_training"] == [1, 6, 40] and min(sizes) == 1
+        sizes.clear()
+    with pytest.raises(RunError, match="shortest_length: 1 then"):
+        command("--models", "gpt", "--curriculum=1", "--max_steps=12")
 
 
 @pytest.mark.parametrize("steps,size,epochs", [(1, 64, 1), (5, 128, 3), (7, 192, 3), (12, 256, 3)])
@@ -379,6 +402,11 @@ def test_other_settings_and_unknown_names_are_refused(command):
             command(f"--{count}=0")
     with pytest.raises(RunError, match="--test_lengths of flip_flop must be at least 4"):
         command("--tasks", "parity", "flip_flop", "--test_lengths", "3")
+    for shortest in (0, 41):
+        with pytest.raises(RunError, match="--shortest_length of parity must lie between 1 and 40"):
+            command(f"--shortest_length={shortest}")
+    with pytest.raises(RunError, match="--shortest_length of flip_flop must lie between 4 and 128"):
+        command("--tasks", "s3", "flip_flop", "--shortest_length=3")
     with pytest.raises(RunError, match=r"hidden_size \(50\) must be a multiple"):
         command("--hidden_size=50")
     for model in ("lstm", "warm_start"):

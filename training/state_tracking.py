@@ -76,6 +76,8 @@ class Task:
 
     num_tokens: int
     num_classes: int
+    least: int = 1
+    """Shorter ones cannot be drawn."""
     train_lengths: tuple[int, int] = (3, 40)
     test_lengths: tuple[int, ...] = (40, 64, 96, 128, 192, 256)
     beyond: tuple[int, ...] = (512,)
@@ -288,11 +290,14 @@ TASKS: dict[str, Task] = {
     "s3": GroupWords(symmetric_group(3)),
     "a5": GroupWords(alternating_group(5)),
     "s5": GroupWords(symmetric_group(5)),
-    "flip_flop": FlipFlop(num_tokens=5, num_classes=2, train_lengths=(4, 128), test_lengths=(128, 512), beyond=()),
+    "flip_flop": FlipFlop(
+        num_tokens=5, num_classes=2, least=4, train_lengths=(4, 128), test_lengths=(128, 512), beyond=()
+    ),
     "recall": Recall(
         num_tokens=256,
         num_classes=8,
         silence=8,
+        least=2,
         # Longer than a piece of the default size, so that what is asked for is never in that of the question.
         train_lengths=(1_100, 10_001),
         noise=1_000,
@@ -390,8 +395,10 @@ MODELS: dict[str, Preset | None] = {
     "stateful_sequential_noise": Preset(NO_POSITIONS, {**SEQUENTIAL, "feedback_noise": 0.1}),
     # What a GateLoop layer holds of the past fades, so a longer one is nothing new to it.
     "stateful_gateloop": Preset({"layer_types": ["gateloop"]}, {**SEQUENTIAL, "feedback_noise": 0.05}),
-    # Of one pass alone, through which no gradient reaches the state before, not every seed makes a start.
+    # Through one pass no gradient reaches the state before. What the head asks of a token is then all that its state
+    # learns: enough where the shortest sequences have one, too little where they have three.
     "warm_start": Preset(NO_POSITIONS, {**PRESETS["warm_start"].stateful, "pass_probabilities": [0.4, 0.4, 0.2]}, True),
+    "warm_start_one_pass": replace(PRESETS["warm_start"], decoder=NO_POSITIONS),
     "lstm": None,
 }
 """None for the one that is no model of ours."""
@@ -469,6 +476,9 @@ class StateTrackingArguments:
     hidden_size: int = 64
     num_hidden_layers: int = 1
     num_attention_heads: int = 4
+    shortest_length: int | None = field(
+        default=None, metadata={"help": "Of the sequences in training, instead of that of the task."}
+    )
     curriculum: float = field(
         default=0.8, metadata={"help": "Share of the training during which the longest sequences become longer."}
     )
@@ -513,6 +523,13 @@ class StateTrackingTraining(TrainArguments):
         super().__post_init__()
 
 
+def task_of(name: str, arguments: StateTrackingArguments) -> Task:
+    task = copy.copy(TASKS[name])
+    if arguments.shortest_length is not None:
+        task.train_lengths = (arguments.shortest_length, task.train_lengths[1])
+    return task
+
+
 def lengths_of(task: Task, arguments: StateTrackingArguments) -> list[int]:
     return arguments.test_lengths or [*task.test_lengths, *task.beyond]
 
@@ -521,7 +538,7 @@ def train_and_test(
     task_name: str, model_name: str, seed: int, arguments: StateTrackingArguments, training: StateTrackingTraining
 ) -> dict:
     """A run: the record of what was done and what came out."""
-    task = TASKS[task_name]
+    task = task_of(task_name, arguments)
     model = build_model(model_name, task, arguments, seed)
     batch = batch_size(training)
     size = training.max_steps * batch
@@ -591,7 +608,7 @@ def settings_of(
     settings["train_batch_size"] = batch_size(training)
     settings |= {k: v for k, v in asdict(arguments).items() if k not in ("tasks", "models", "seeds")}
     # At the beginning, half-way and at the end of the time in which it grows.
-    settings["longest_in_training"] = [TASKS[task].longest(grown) for grown in (0, 0.5, 1)]
+    settings["longest_in_training"] = [task_of(task, arguments).longest(grown) for grown in (0, 0.5, 1)]
     preset = preset_of(model, TASKS[task])
     revisits = preset is not None and preset.warm_start
     settings["one_length_a_batch"] = TASKS[task].one_length_a_batch and not revisits
@@ -622,10 +639,13 @@ def check(arguments: StateTrackingArguments, training: StateTrackingTraining) ->
     if any(seed not in SEEDS for seed in arguments.seeds):
         raise RunError(f"--seeds must lie between 0 and {SEEDS[-1]}.")
     check_place(Path(training.output_dir))
-    for task in arguments.tasks:
-        shortest = TASKS[task].train_lengths[0]
-        if any(length < shortest for length in lengths_of(TASKS[task], arguments)):
-            raise RunError(f"--test_lengths of {task} must be at least {shortest}.")
+    for name in arguments.tasks:
+        task = task_of(name, arguments)
+        shortest, longest = task.train_lengths
+        if not task.least <= shortest <= longest:
+            raise RunError(f"--shortest_length of {name} must lie between {task.least} and {longest}.")
+        if any(length < task.least for length in lengths_of(task, arguments)):
+            raise RunError(f"--test_lengths of {name} must be at least {task.least}.")
     for name in arguments.models:
         preset = MODELS[name]
         warm = preset is not None and preset.warm_start
