@@ -27,6 +27,7 @@ from compare import (
     plan,
     run_folder,
     show_samples,
+    show_table,
     tabulate,
     without_evaluation,
 )
@@ -583,11 +584,14 @@ def test_a_finished_run_is_known_again_though_its_loss_is_no_number():
     assert without_evaluation(json.loads(json.dumps(diverged))) == without_evaluation(diverged)
 
 
-def test_the_trained_passes_of_a_warm_start_have_no_figure():
-    bits = {"one_pass": 3.0, "trained_passes": None, "exact": 2.0}
+@pytest.mark.parametrize("trained,shown", [(None, ""), (2.5, "2.5000")])
+def test_the_trained_passes_of_a_warm_start_have_no_figure_and_the_note_says_so(trained, shown, tmp_path):
+    bits = {"one_pass": 3.0, "trained_passes": trained, "exact": 2.0}
     record = {"arm": "warm_start", "parameters": 1, "tokens": 2, "seconds": 3, "bits_per_byte": bits}
-    rows = tabulate(CompareArguments(arms=["warm_start"]), [record])
-    assert rows[1][4:] == ["3.0000", "", "2.0000", "", ""]
+    arguments = CompareArguments(arms=["warm_start"])
+    assert tabulate(arguments, [record])[1][4:] == ["3.0000", shown, "2.0000", "", ""]
+    show_table(arguments, [record], tmp_path / "table.md")
+    assert ("No trained passes" in (tmp_path / "table.md").read_text()) == (trained is None)
 
 
 def test_arms_are_also_compared_in_the_seconds_that_the_first_one_took():
@@ -806,7 +810,7 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     refused(text_files, tmp_path, "--data_see=1", message="--data_see")
     refused(text_files, tmp_path, "--preset=hybrid", message="too few for the pattern gateloop, full_attention")
     refused(text_files, tmp_path, "--decoder_config", '{"layer_types": "gateloop"}', message="must be a list such as")
-    refused(text_files, tmp_path, "--max_eval_samples=0", message="--max_eval_samples must be")
+    refused(text_files, tmp_path, "--max_eval_samples=0", message="--max_eval_samples is 0; it must be")
     refused(text_files, tmp_path, "--preset=gpt", "--stateful_config", '{"num_passes": 2}', message="leave it out")
     refused(text_files, tmp_path, "--decoder_config", '{"mlp": "x"}', message="GateLoopConfig has no field mlp")
     refused(text_files, tmp_path, "--decoder_config", '{"mlp_type": "x"}', message="'x' does not exist")

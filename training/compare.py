@@ -330,9 +330,12 @@ def show_table(arguments: CompareArguments, records: list[dict], path: Path) -> 
         "Exact: stepped token by token, as in decoding. Tokens and seconds: of training, up to the model evaluated. "
         "Difference: its mean over runs of the same seed, and the standard error; in the same seconds: by the "
         "evaluations in training (of --max_eval_samples blocks, not --max_eval_blocks), at the second at which the "
-        "first arm has the model evaluated (or, if it was better, before it), nan if there were none. No trained "
-        "passes: they start from states of the epoch before, which there are none of for this text."
+        "first arm has the model evaluated (or, if it was better, before it), nan if there were none."
     )
+    if any(record["bits_per_byte"]["trained_passes"] is None for record in records):
+        notes += (
+            " No trained passes: they start from states of the epoch before, which there are none of for this text."
+        )
     heading, *rows = tabulate(arguments, records)
     print_table([heading, *rows], title)
     console.print(notes)

@@ -170,6 +170,10 @@ class DataArguments:
     )
     chunk_size: int = field(default=1024, metadata={"help": "Tokens of a document whose activations are kept at once."})
 
+    def __post_init__(self) -> None:
+        if self.max_eval_samples < 1:
+            raise ValueError(f"--max_eval_samples is {self.max_eval_samples}; it must be at least 1.")
+
 
 ENDLESS = 10**9
 """Steps."""
@@ -798,8 +802,6 @@ def train(
     folder = Path(training_arguments.output_dir)
     results_file = folder / "results.json"
     settings = settings_of(model_arguments, data_arguments, training_arguments)
-    if data_arguments.max_eval_samples < 1:
-        raise RunError("--max_eval_samples must be at least 1.")
     if (asked := training_arguments.resume_from_checkpoint) and not saved_state(asked):
         raise RunError(
             f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no readable trainer_state.json); "
