@@ -257,12 +257,22 @@ def test_the_shortest_length_is_that_of_the_option(command, monkeypatch):
         return example(task, random, length)
 
     monkeypatch.setattr(state_tracking, "example", drawn)
-    for model in ("gpt", "warm_start"):
+    for model in ("gpt", "warm_start_one_pass"):
         (*_, record) = command("--models", model, "--shortest_length=1", "--curriculum=1", "--max_steps=12")
         assert record["settings"]["longest_in_training"] == [1, 6, 40] and min(sizes) == 1
         sizes.clear()
+
     with pytest.raises(RunError, match="shortest_length: 1 then"):
         command("--models", "gpt", "--curriculum=1", "--max_steps=12")
+
+
+def test_a_run_made_before_there_was_a_shortest_length_is_known_again(command, tmp_path):
+    (record,) = command("--models", "gpt")
+    del record["settings"]["shortest_length"]
+    (tmp_path / "runs/runs.jsonl").write_text(json.dumps(record) + "\n")
+    assert command("--models", "gpt") == [record]
+    with pytest.raises(RunError, match="shortest_length: None then"):
+        command("--models", "gpt", "--shortest_length=1")
 
 
 @pytest.mark.parametrize("steps,size,epochs", [(1, 64, 1), (5, 128, 3), (7, 192, 3), (12, 256, 3)])

@@ -77,7 +77,7 @@ class Task:
     num_tokens: int
     num_classes: int
     least: int = 1
-    """Shorter ones cannot be drawn."""
+    """The fewest tokens in which something is asked that has an answer."""
     train_lengths: tuple[int, int] = (3, 40)
     test_lengths: tuple[int, ...] = (40, 64, 96, 128, 192, 256)
     beyond: tuple[int, ...] = (512,)
@@ -395,9 +395,10 @@ MODELS: dict[str, Preset | None] = {
     "stateful_sequential_noise": Preset(NO_POSITIONS, {**SEQUENTIAL, "feedback_noise": 0.1}),
     # What a GateLoop layer holds of the past fades, so a longer one is nothing new to it.
     "stateful_gateloop": Preset({"layer_types": ["gateloop"]}, {**SEQUENTIAL, "feedback_noise": 0.05}),
-    # Through one pass no gradient reaches the state before. What the head asks of a token is then all that its state
-    # learns: enough where the shortest sequences have one, too little where they have three.
+    # Through one pass no gradient reaches the state before: a state learns only to answer what is asked at its own
+    # token. From three bits on, not every seed learns parity so; two and three passes help, not surely.
     "warm_start": Preset(NO_POSITIONS, {**PRESETS["warm_start"].stateful, "pass_probabilities": [0.4, 0.4, 0.2]}, True),
+    # From one bit on, it is enough.
     "warm_start_one_pass": replace(PRESETS["warm_start"], decoder=NO_POSITIONS),
     "lstm": None,
 }
@@ -477,13 +478,13 @@ class StateTrackingArguments:
     num_hidden_layers: int = 1
     num_attention_heads: int = 4
     shortest_length: int | None = field(
-        default=None, metadata={"help": "Of the sequences in training, instead of that of the task."}
+        default=None, metadata={"help": "Of training, instead of that of the task; --curriculum starts there."}
     )
     curriculum: float = field(
         default=0.8, metadata={"help": "Share of the training during which the longest sequences become longer."}
     )
     warm_start_epochs: int = field(
-        default=100, metadata={"help": "How often warm_start visits its sequences; the others never see one twice."}
+        default=100, metadata={"help": "How often a warm start visits its sequences; the others never see one twice."}
     )
     context: str = field(
         default="blocks",
@@ -524,6 +525,8 @@ class StateTrackingTraining(TrainArguments):
 
 
 def task_of(name: str, arguments: StateTrackingArguments) -> Task:
+    """With the lengths that are asked for."""
+    # Not `replace`, because `GroupWords` has an `__init__` of its own.
     task = copy.copy(TASKS[name])
     if arguments.shortest_length is not None:
         task.train_lengths = (arguments.shortest_length, task.train_lengths[1])
