@@ -611,10 +611,11 @@ def settings_of(
     settings["train_batch_size"] = batch_size(training)
     settings |= {k: v for k, v in asdict(arguments).items() if k not in ("tasks", "models", "seeds")}
     # At the beginning, half-way and at the end of the time in which it grows.
-    settings["longest_in_training"] = [task_of(task, arguments).longest(grown) for grown in (0, 0.5, 1)]
-    preset = preset_of(model, TASKS[task])
+    chosen = task_of(task, arguments)
+    settings["longest_in_training"] = [chosen.longest(grown) for grown in (0, 0.5, 1)]
+    preset = preset_of(model, chosen)
     revisits = preset is not None and preset.warm_start
-    settings["one_length_a_batch"] = TASKS[task].one_length_a_batch and not revisits
+    settings["one_length_a_batch"] = chosen.one_length_a_batch and not revisits
     settings["preset"] = None if preset is None else asdict(preset)
     return json.loads(json.dumps(settings, default=str))
 
