@@ -1,7 +1,9 @@
-"""Nothing here may need a network; remote code goes to a folder of this test run."""
+"""Nothing here may need a network; remote code goes to a folder of this test run; memory starts as NaN."""
 
+import functools
 import os
 import tempfile
+from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
@@ -9,11 +11,32 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-settings.register_profile("default", deadline=None, max_examples=15, derandomize=True)
+# A slow machine is no reason to fail.
+ANY_MACHINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=15, derandomize=True, **ANY_MACHINE)
+settings.register_profile("exhaustive", max_examples=100, print_blob=True, **ANY_MACHINE)
 settings.load_profile("default")
+
+
+def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`make` with NaN in the place of uninitialised numbers, so that a result shows who has read them."""
+
+    @functools.wraps(make)
+    def filled(*args, **kwargs) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
+            return tensor
+        with torch.no_grad():
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() or tensor.is_complex() else tensor
+
+    return filled
+
+
+torch.empty, torch.empty_like, torch.empty_strided = map(poisoned, (torch.empty, torch.empty_like, torch.empty_strided))
+torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

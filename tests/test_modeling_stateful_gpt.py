@@ -1,13 +1,27 @@
 """The invariants: what must hold for every fusion, backbone, padding side and length, in fp64 and fp32."""
 
 import copy
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from tiny import BACKBONES, FUSIONS, JACOBI, LLAMA_LIKE, VOCAB, shared, stateful, text_config, tokens, tolerance
+from tiny import (
+    BACKBONES,
+    DTYPES,
+    FUSIONS,
+    JACOBI,
+    LLAMA_LIKE,
+    MANY,
+    VOCAB,
+    models,
+    shared,
+    stateful,
+    text_config,
+    tokens,
+    tolerance,
+)
 from torch.nn.functional import linear, pad
 from transformers import (
     AutoModelForCausalLM,
@@ -34,7 +48,6 @@ from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulG
 from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence, logger
 from modeling_stateful_gpt.solvers import SOLVERS, jacobi, sequential
 
-DTYPES = [torch.float64, torch.float32]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
@@ -87,17 +100,16 @@ def test_without_feedback_it_is_the_language_model_bit_for_bit(backbone, dtype, 
             assert torch.equal(model(ids, **kwargs).logits, model.lm_head(expected))
 
 
-@every_dtype
-@every_backbone
-@every_fusion
+@MANY
 @given(
+    models(),
     st.integers(1, 13),
     st.lists(st.integers(0, 5), min_size=1, max_size=3),
     st.sampled_from(["left", "right", "hole"]),
     solvers,
 )
-def test_padding_changes_no_real_token_and_solving_is_stepping(fusion, backbone, dtype, length, pads, side, solver):
-    model = shared(backbone, dtype, feedback=fusion, **solver)
+def test_padding_changes_no_real_token_and_solving_is_stepping(drawn, length, pads, side, solver):
+    model, dtype = shared(**drawn, **solver), drawn["dtype"]
     ids, mask, real = padded(len(pads), length, pads, side)
     solved, by_steps = states(model, ids, attention_mask=mask), stepped(model, ids, attention_mask=mask)
     for row, where in enumerate(real):
@@ -106,14 +118,15 @@ def test_padding_changes_no_real_token_and_solving_is_stepping(fusion, backbone,
         torch.testing.assert_close(by_steps[row, where], alone, **tolerance(dtype))
 
 
-@every_dtype
-@every_backbone
-@every_fusion
+@MANY
 @given(
-    st.lists(st.integers(1, 6), min_size=1, max_size=4), st.lists(st.integers(0, 4), min_size=1, max_size=2), solvers
+    models(),
+    st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    st.lists(st.integers(0, 4), min_size=1, max_size=2),
+    solvers,
 )
-def test_a_prompt_in_pieces_is_the_prompt_at_once(fusion, backbone, dtype, pieces, pads, solver):
-    model = shared(backbone, dtype, feedback=fusion, **solver)
+def test_a_prompt_in_pieces_is_the_prompt_at_once(drawn, pieces, pads, solver):
+    model, dtype = shared(**drawn, **solver), drawn["dtype"]
     ids, mask, real = padded(len(pads), sum(pieces), pads, "left")
     pieces = [pieces[0] + max(pads), *pieces[1:]]
     whole, cache, parts, end = stepped(model, ids, attention_mask=mask), None, [], 0
@@ -127,12 +140,10 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(fusion, backbone, dtype, piece
         torch.testing.assert_close(torch.cat(parts, 1)[row, where], whole[row, where], **tolerance(dtype))
 
 
-@every_dtype
-@every_backbone
-@every_fusion
-@given(st.integers(2, 12), st.data())
-def test_no_evaluation_leaks_the_future(fusion, backbone, dtype, length, data):
-    model = shared(backbone, dtype, feedback=fusion, num_groups=3)
+@MANY
+@given(models(), st.integers(2, 12), st.data())
+def test_no_evaluation_leaks_the_future(drawn, length, data):
+    model, dtype = shared(**drawn, num_groups=3), drawn["dtype"]
     changed = data.draw(st.integers(1, length - 1))
     ids = tokens(1, length)
     other = ids.clone()
@@ -146,14 +157,17 @@ def test_no_evaluation_leaks_the_future(fusion, backbone, dtype, length, data):
     torch.testing.assert_close(a[:, :changed], b[:, :changed], **tolerance(dtype))
 
 
-@every_dtype
-@every_backbone
-@every_fusion
-def test_packed_sequences_do_not_see_their_neighbours_state(fusion, backbone, dtype):
-    model = shared(backbone, dtype, feedback=fusion, num_groups=3)
-    ids, cuts = tokens(1, 12), (0, 5, 6, 12)
-    # The last sequence goes on from elsewhere: what does not follow its predecessor is another sequence, too.
-    positions = torch.cat([torch.arange(b - a) + (20 if a == 6 else 0) for a, b in pairwise(cuts)])[None]
+@MANY
+@given(models(), st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from([0, 20]))
+@example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, [5, 1, 6], 20)
+def test_packed_sequences_do_not_see_their_neighbours_state(drawn, lengths, elsewhere):
+    model, dtype = shared(**drawn, num_groups=3), drawn["dtype"]
+    cuts = [0, *accumulate(lengths)]
+    ids = tokens(1, cuts[-1])
+    # The last sequence may go on from elsewhere: what does not follow its predecessor is another sequence, too.
+    positions = torch.cat(
+        [torch.arange(n) + (elsewhere if i == len(lengths) - 1 else 0) for i, n in enumerate(lengths)]
+    )[None]
     for solver in ("jacobi", "cyclic", "sequential"):
         packed = states(model, ids, position_ids=positions, use_cache=False, solver=solver)
         for a, b in pairwise(cuts):
@@ -161,12 +175,11 @@ def test_packed_sequences_do_not_see_their_neighbours_state(fusion, backbone, dt
             torch.testing.assert_close(packed[:, a:b], alone, **tolerance(dtype))
 
 
-@every_dtype
-@every_backbone
-@every_fusion
-def test_gradients_of_the_solved_recurrence_are_those_of_backpropagation_through_time(fusion, backbone, dtype):
-    model = stateful(backbone, dtype, feedback=fusion, num_groups=3)
-    ids, mask, _ = padded(2, 7, [0, 2], "left")
+@MANY
+@given(models(), st.integers(2, 9), st.lists(st.integers(0, 3), min_size=1, max_size=2))
+def test_gradients_of_the_solved_recurrence_are_those_of_backpropagation_through_time(drawn, length, pads):
+    model, dtype, backbone = stateful(**drawn, num_groups=3), drawn["dtype"], drawn["backbone"]
+    ids, mask, _ = padded(len(pads), length, pads, "left")
     labels = targets(ids, mask)
     gradients = []
     for solver in ("sequential", "jacobi", "cyclic"):
@@ -184,10 +197,9 @@ def test_gradients_of_the_solved_recurrence_are_those_of_backpropagation_through
             torch.testing.assert_close(solved[name], exact, **bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@every_backbone
-@every_fusion
-def test_the_feedback_is_felt_and_k_passes_are_exact_for_the_first_k_positions(fusion, backbone):
-    model, ids = shared(backbone, feedback=fusion), tokens(2, 9)
+@given(models(dtypes=[torch.float64]))
+def test_the_feedback_is_felt_and_k_passes_are_exact_for_the_first_k_positions(drawn):
+    model, ids = shared(**drawn), tokens(2, 9)
     exact = stepped(model, ids)
     for k in (1, 2, 5):
         passes = states(model, ids, num_passes=k)
@@ -198,11 +210,9 @@ def test_the_feedback_is_felt_and_k_passes_are_exact_for_the_first_k_positions(f
     assert model(ids, num_passes=3).passes == 3
 
 
-@every_dtype
-@every_fusion
-@pytest.mark.parametrize("backbone", HAVE_GROUPS)
-def test_cyclic_passes_carry_a_state_as_far_as_there_are_groups(fusion, backbone, dtype):
-    model, ids = shared(backbone, dtype, feedback=fusion, num_groups=3), tokens(2, 11)
+@given(models(HAVE_GROUPS))
+def test_cyclic_passes_carry_a_state_as_far_as_there_are_groups(drawn):
+    model, ids, dtype = shared(**drawn, num_groups=3), tokens(2, 11), drawn["dtype"]
     exact = stepped(model, ids)
     for k in (1, 2, 3):
         passes = states(model, ids, num_passes=k, solver="cyclic")
@@ -242,12 +252,11 @@ def cyclic_passes_written_out(model, ids, passes, num_groups):
     return torch.stack(h, 1)
 
 
-@every_dtype
-@every_fusion
-@pytest.mark.parametrize("backbone", HAVE_GROUPS)
-@pytest.mark.parametrize("num_groups,passes", [(2, 3), (3, 2), (8, 3)])
-def test_cyclic_training_passes_and_their_gradients_written_out(num_groups, passes, backbone, fusion, dtype):
-    model = train(backbone, dtype, feedback=fusion, training_solver="cyclic", num_passes=passes, num_groups=num_groups)
+@given(models(HAVE_GROUPS), st.sampled_from([(2, 3), (3, 2), (8, 3)]))
+def test_cyclic_training_passes_and_their_gradients_written_out(drawn, groups_and_passes):
+    num_groups, passes = groups_and_passes
+    backbone, dtype = drawn["backbone"], drawn["dtype"]
+    model = train(**drawn, training_solver="cyclic", num_passes=passes, num_groups=num_groups)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -391,11 +400,9 @@ def test_half_precision_is_solved_to_its_own_rounding(dtype):
     assert errors[0] < 2 * errors[1]
 
 
-@every_dtype
-@every_backbone
-@pytest.mark.parametrize("solver", ["jacobi", "cyclic", "sequential"])
-def test_a_first_guess_of_the_states_may_be_given(solver, backbone, dtype):
-    model, ids = shared(backbone, dtype, feedback="glu", num_groups=3), tokens(2, 11)
+@given(models(fusions=["glu"]), st.sampled_from(["jacobi", "cyclic", "sequential"]))
+def test_a_first_guess_of_the_states_may_be_given(drawn, solver):
+    model, ids, dtype = shared(**drawn, num_groups=3), tokens(2, 11), drawn["dtype"]
     exact = stepped(model, ids)
     random = torch.randn_like(exact)
     partly = exact * (torch.arange(11) < 6)[:, None]
@@ -573,10 +580,9 @@ def train(backbone="gateloop", dtype=torch.float64, **config):
     return stateful(backbone, dtype, **{"num_passes": 3, **config}).train()
 
 
-@every_dtype
-@every_backbone
-def test_training_token_by_token_is_backpropagation_through_time(backbone, dtype):
-    model = train(backbone, dtype, feedback="glu", training_solver="sequential")
+@given(models(fusions=["glu"]))
+def test_training_token_by_token_is_backpropagation_through_time(drawn):
+    model, dtype, backbone = train(**drawn, training_solver="sequential"), drawn["dtype"], drawn["backbone"]
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -3,6 +3,8 @@
 from functools import cache
 
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
@@ -34,6 +36,16 @@ BACKBONES = {
     "qwen3": lambda: Qwen3Config(**LLAMA_LIKE, head_dim=8),
 }
 FUSIONS = ["gated_add", "glu", "correction"]
+DTYPES = [torch.float64, torch.float32]
+
+MANY = settings(max_examples=4 * settings.default.max_examples)
+"""For a property of every model: so many examples that each backbone and each fusion is drawn several times."""
+
+
+def models(backbones=BACKBONES, fusions=FUSIONS, dtypes=DTYPES) -> st.SearchStrategy[dict]:
+    """Arguments of `stateful` and `shared`."""
+    kinds = {"backbone": sorted(backbones), "feedback": fusions, "dtype": dtypes}
+    return st.fixed_dictionaries({name: st.sampled_from(values) for name, values in kinds.items()})
 
 
 def text_config(backbone: str) -> PreTrainedConfig:
