@@ -5,14 +5,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-all lint
 
 demo: $(VENV)/demo
 	$(BIN)/python training/compare.py --arms gpt stateful --num_hidden_layers 2 --max_steps 300 --output_dir runs/demo
 
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest -n 2 --junitxml $(VENV)/tests.xml
+	$(BIN)/python -m pytest -n 2 --dist loadscope --junitxml $(VENV)/tests.xml
 	$(BIN)/python tests/compatibility.py $(VENV)/tests.xml --check
+
+# With what is slow by nature, and many more examples, which differ from run to run.
+test-all: $(VENV)/test lint
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "" --hypothesis-profile exhaustive
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.utils._device import _device_constructors
 
 torch.set_num_threads(1)
 # A slow machine is no reason to fail.
@@ -35,6 +36,7 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return filled
 
 
+_device_constructors()  # `with torch.device(…)` remembers these functions the first time, and must know the real ones.
 torch.empty, torch.empty_like, torch.empty_strided = map(poisoned, (torch.empty, torch.empty_like, torch.empty_strided))
 torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)
 

@@ -1,11 +1,13 @@
 """Three evaluations of the GateLoop recurrence, held to a loop that is written out here."""
 
 import inspect
+from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from tiny import MANY, few
 from torch.utils.checkpoint import checkpoint
 
 import modeling_stateful_gpt.gate_loop as module
@@ -90,25 +92,35 @@ def check(evaluation, arguments):
         assert_close(results(with_state(EVALUATIONS[evaluation]), arguments, dtype), expected, tolerance)
 
 
-@every_evaluation
-@every_kind
-@given(st.integers(1, 2), st.integers(1, 150), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+evaluations, kinds = st.sampled_from(sorted(EVALUATIONS)), st.sampled_from(KINDS)
+
+
+@MANY
+@given(
+    evaluations, kinds, st.integers(1, 2), st.integers(1, 150), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)
+)
 def test_every_evaluation_is_the_loop_forward_and_backward(evaluation, kind, batch, length, heads, key, value):
     check(evaluation, inputs(batch, length, heads, key, value, kind))
 
 
-@every_evaluation
-@every_kind
+SIZES = [(4099, 3, 1, 1), (4099, 1, 8, 3), (997, 2, 16, 32), (321, 1, 64, 64), (64, 2, 64, 1)]
+
+
 @pytest.mark.parametrize(
-    "length,heads,key,value", [(4099, 3, 1, 1), (4099, 1, 8, 3), (997, 2, 16, 32), (321, 1, 64, 64), (64, 2, 64, 1)]
+    "evaluation,kind,size",
+    few(
+        product(EVALUATIONS, KINDS, SIZES),
+        [("scan", "complex", SIZES[0]), ("chunk", "complex", SIZES[2]), ("chunk", "signed", SIZES[3])]
+        + [("picked", kind, SIZES[4]) for kind in KINDS],
+    ),
 )
-def test_long_sequences_and_wide_heads(evaluation, kind, length, heads, key, value):
+def test_long_sequences_and_wide_heads(evaluation, kind, size):
+    length, heads, key, value = size
     check(evaluation, inputs(1, length, heads, key, value, kind))
 
 
-@every_evaluation
-@every_kind
-@given(st.lists(st.integers(1, 90), min_size=1, max_size=4), st.sampled_from([1, 3, 16]))
+@MANY
+@given(evaluations, kinds, st.lists(st.integers(1, 90), min_size=1, max_size=4), st.sampled_from([1, 3, 16]))
 def test_in_pieces_is_at_once(evaluation, kind, pieces, size):
     evaluate, arguments = EVALUATIONS[evaluation], inputs(2, sum(pieces), 2, size, size, kind)
     y, final_state = evaluate(**arguments, output_final_state=True)
@@ -160,10 +172,11 @@ def test_phases_and_long_memories_stay_accurate_over_65536_positions(evaluation,
         assert naive > 1e-3
 
 
-@every_evaluation
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("forgets", [-9.2, -1e3, -torch.inf])
+@MANY
+@given(evaluations, kinds, st.sampled_from([torch.float32, torch.float64]), st.sampled_from([-9.2, -1e3, -torch.inf]))
+@example("scan", "complex", torch.float32, -torch.inf)
+@example("chunk", "complex", torch.float32, -torch.inf)
+@example("chunk", "signed", torch.float64, -torch.inf)
 def test_nothing_overflows_and_what_is_forgotten_leaves_no_trace(evaluation, kind, dtype, forgets):
     arguments = inputs(1, 150, 2, 3, 3, kind, dtype)
     arguments["g"] = torch.zeros_like(arguments["g"])
@@ -197,8 +210,11 @@ def test_bf16_inputs_are_computed_in_fp32(evaluation, kind, autocast):
     assert_close([y], [expected], 2**-8)
 
 
-@every_kind
-@pytest.mark.parametrize("evaluation,size", [("scan", 2), ("chunk", 16)])
+@pytest.mark.parametrize(
+    "kind,evaluation,size",
+    few(product(KINDS, ["scan"], [2]), [("complex", "scan", 2)])
+    + few(product(KINDS, ["chunk"], [16]), [("signed", "chunk", 16)]),
+)
 def test_compiled_and_checkpointed_it_computes_the_same(evaluation, size, kind):
     evaluate, arguments = with_state(EVALUATIONS[evaluation]), inputs(1, 130, 2, size, size, kind)
     expected = results(evaluate, arguments, torch.float64)
@@ -209,7 +225,7 @@ def test_compiled_and_checkpointed_it_computes_the_same(evaluation, size, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("shape", [(2, 21, 3), (1, 1, 2), (1, 70, 1)])
+@pytest.mark.parametrize("shape", [(2, 21, 3), (1, 1, 2), pytest.param((1, 70, 1), marks=pytest.mark.exhaustive)])
 def test_the_scan_is_a_proper_operator_with_the_right_gradients(dtype, shape):
     torch.manual_seed(0)
     for a_shape in (shape, (*shape[:-1], 1)):
@@ -220,8 +236,13 @@ def test_the_scan_is_a_proper_operator_with_the_right_gradients(dtype, shape):
     assert torch.autograd.gradcheck(linear_scan, [arguments[0], real, arguments[2]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("permuted", ["a", "x", "initial", "grad", "h"])
+@pytest.mark.parametrize(
+    "dtype,permuted",
+    few(
+        product([torch.float64, torch.complex128], ["a", "x", "initial", "grad", "h"]),
+        [(torch.float64, "x"), (torch.complex128, "a"), (torch.complex128, "grad")],
+    ),
+)
 def test_compilers_are_told_the_layout_of_the_results_whatever_that_of_the_inputs(dtype, permuted):
     torch.manual_seed(0)
     shapes = {"a": (2, 9, 3, 4), "x": (2, 9, 3, 4), "initial": (2, 3, 4), "grad": (2, 9, 3, 4), "h": (2, 9, 3, 4)}

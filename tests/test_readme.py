@@ -72,9 +72,7 @@ def test_the_python_snippets_run_one_after_the_other_where_only_the_wheel_is_ins
     script = tmp_path / "snippets.py"
     script.write_text("\n".join([check, *snippets]))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [clean_python, "-I", script], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300
-    )
+    result = subprocess.run([clean_python, "-I", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     assert str(tmp_path / "env") in result.stdout and "tensor([[" in result.stdout
 

@@ -24,22 +24,22 @@ import sys
 sys.modules["modeling_stateful_gpt"] = None  # any import of the package now fails
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
-path = sys.argv[1]
-config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
-base = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
-ids = torch.load(path + "/ids.pt")
-with torch.no_grad():
-    logits = model(ids).logits
-    torch.testing.assert_close(model.lm_head(base(ids).last_hidden_state), logits)
-tokenizer = AutoTokenizer.from_pretrained(path)
-generator = pipeline("text-generation", model=path, trust_remote_code=True)
-text = generator("def f", max_new_tokens=8, do_sample=False)[0]["generated_text"]
-torch.manual_seed(0)
-again = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-spread = {name: p.std().item() for name, p in again.named_parameters() if p.numel() > 1}
-model.save_pretrained(path + "/resaved")
-torch.save({"logits": logits, "text": text, "spread": spread}, path + "/seen.pt")
+for path in sys.argv[1:]:
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+    base = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
+    ids = torch.load(path + "/ids.pt")
+    with torch.no_grad():
+        logits = model(ids).logits
+        torch.testing.assert_close(model.lm_head(base(ids).last_hidden_state), logits)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    generator = pipeline("text-generation", model=path, trust_remote_code=True)
+    text = generator("def f", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    torch.manual_seed(0)
+    again = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    spread = {name: p.std().item() for name, p in again.named_parameters() if p.numel() > 1}
+    model.save_pretrained(path + "/resaved")
+    torch.save({"logits": logits, "text": text, "spread": spread}, path + "/seen.pt")
 """
 
 
@@ -63,29 +63,40 @@ def small(name):
     return StatefulGPTForCausalLM(StatefulGPTConfig(text_config=backbone, feedback="glu"))
 
 
-@pytest.mark.client("transformers", "`AutoModel….from_pretrained` with `trust_remote_code=True`")
-@pytest.mark.parametrize(
-    "name",
-    ["gpt", "hybrid", "stateful", "stateful around gateloop", "stateful around gpt2", "stateful around llama"],
-)
-def test_a_saved_folder_loads_where_the_package_cannot_be_imported(name, tmp_path):
-    torch.manual_seed(0)
-    model = small(name).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    ids = tokens(2, 9)
-    torch.save(ids, tmp_path / "ids.pt")
-    subprocess.run([sys.executable, "-c", STRANGER, str(tmp_path)], check=True, cwd=tmp_path, timeout=300)
+KINDS = ["gpt", "hybrid", "stateful", "stateful around gateloop", "stateful around gpt2", "stateful around llama"]
 
-    seen = torch.load(tmp_path / "seen.pt")
+
+def kept(name):
+    torch.manual_seed(0)
+    return small(name).eval()
+
+
+@pytest.fixture(scope="module")
+def seen_by_a_stranger(tmp_path_factory):
+    """The folders of all kinds of model, each loaded in a process that cannot import the package."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name in KINDS:
+        kept(name).save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+        torch.save(tokens(2, 9), folder / name / "ids.pt")
+    paths = [str(folder / name) for name in KINDS]
+    subprocess.run([sys.executable, "-c", STRANGER, *paths], check=True, cwd=folder)
+    return folder
+
+
+@pytest.mark.client("transformers", "`AutoModel….from_pretrained` with `trust_remote_code=True`")
+@pytest.mark.parametrize("name", KINDS)
+def test_a_saved_folder_loads_where_the_package_cannot_be_imported(name, seen_by_a_stranger):
+    model, tokenizer, ids = kept(name), byte_tokenizer(), tokens(2, 9)
+    seen = torch.load(seen_by_a_stranger / name / "seen.pt")
     with torch.no_grad():
         torch.testing.assert_close(seen["logits"], model(ids).logits, atol=1e-6, rtol=1e-6)
     expected = model.generate(**tokenizer("def f", return_tensors="pt"), max_new_tokens=8, do_sample=False)
     assert seen["text"] == tokenizer.decode(expected[0])
     for parameter, spread in seen["spread"].items():
         assert spread == pytest.approx(model.get_parameter(parameter).std().item(), rel=0.3, abs=1e-3), parameter
-    torch.testing.assert_close(type(model).from_pretrained(tmp_path / "resaved")(ids).logits, model(ids).logits)
+    resaved = type(model).from_pretrained(seen_by_a_stranger / name / "resaved")
+    torch.testing.assert_close(resaved(ids).logits, model(ids).logits)
 
 
 def test_the_saved_configuration_names_every_auto_class(tmp_path):

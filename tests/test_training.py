@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from compare import (
 from compare import main as compare_main
 from data import DataError, byte_tokenizer, sample_blocks, token_blocks
 from evaluate import evaluate, mean_nats
+from evaluate import main as evaluate_main
 from hypothesis import given
 from hypothesis import strategies as st
 from records import append_record, read_records
@@ -47,8 +49,10 @@ from train import (
     make_trainer,
     parse,
     prepare_data,
+    run_command,
     train,
 )
+from train import main as train_main
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
 from warm_start import collate
 
@@ -60,10 +64,9 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def text_files(tmp_path):
-    folder = tmp_path / "text"
-    folder.mkdir()
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
     paths = []
     for name in ("compound", "debugger", "formatstrings", "types"):
         paths.append(folder / f"{name}.txt")
@@ -85,7 +88,7 @@ def run(script, arguments, launcher=(sys.executable,), **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [*launcher, str(ROOT / "training" / script), *arguments],
-        capture_output=True, text=True, timeout=300, env=environment, **kwargs,
+        capture_output=True, text=True, env=environment, **kwargs,
     )  # fmt: skip
 
 
@@ -182,13 +185,17 @@ EVERYTHING_RANDOM = [
 @pytest.mark.client("transformers", "`Trainer`, and its resuming")
 @pytest.mark.parametrize(
     "what",
-    [EVERYTHING_RANDOM, ["--preset=hybrid", "--num_hidden_layers=2", "--dropout=0.1"]],
-    ids=["stateful", "hybrid"],
+    [
+        pytest.param(EVERYTHING_RANDOM, id="stateful"),
+        pytest.param(
+            ["--preset=hybrid", "--num_hidden_layers=2", "--dropout=0.1"], id="hybrid", marks=pytest.mark.exhaustive
+        ),
+    ],
 )
-def test_an_interrupted_run_resumes_to_the_same_weights(what, text_files, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_weights(what, text_files, tmp_path, capsys):
     arguments = [*what, "--max_steps=60", "--save_steps=1000", "--eval_strategy=no"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert run("train.py", options(text_files, whole, *arguments)).returncode == 0
+    train(*parse(options(text_files, whole, *arguments)))
 
     command = [sys.executable, str(ROOT / "training/train.py"), *options(text_files, halves, *arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -198,31 +205,31 @@ def test_an_interrupted_run_resumes_to_the_same_weights(what, text_files, tmp_pa
         output += process.stdout.readline()
         assert process.poll() is None, output
     process.send_signal(signal.SIGINT)
-    output += process.communicate(timeout=120)[0]
+    output += process.communicate()[0]
     assert process.returncode == 1 and "Run the same command again to resume." in output
     assert not (halves / "results.json").exists() and list(halves.glob("checkpoint-*"))
 
-    resumed = run("train.py", options(text_files, halves, *arguments))
-    assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
+    train(*parse(options(text_files, halves, *arguments)))
+    assert "Resuming from" in capsys.readouterr().out
     expected, got = (load_file(folder / "model.safetensors") for folder in (whole, halves))
     assert expected.keys() == got.keys()
     for name in expected:
         assert torch.equal(expected[name], got[name]), name
 
 
-def test_a_killed_run_resumes_from_its_last_checkpoint(text_files, tmp_path):
-    arguments = options(text_files, tmp_path / "run", "--max_steps=200", "--save_steps=5", "--eval_strategy=no")
+def test_a_killed_run_resumes_from_its_last_checkpoint(text_files, tmp_path, capsys):
+    arguments = options(text_files, tmp_path / "run", "--max_steps=60", "--save_steps=5", "--eval_strategy=no")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "training/train.py"), *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+    while not list((tmp_path / "run").glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "it was to be killed in the middle"
         time.sleep(0.05)
     process.kill()
     process.wait()
-    resumed = run("train.py", arguments)
-    assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
+    train(*parse(arguments))
+    assert "Resuming from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("written", [None, "", '{"epoch": 1'])
@@ -244,8 +251,7 @@ def test_a_checkpoint_that_a_killed_run_left_unfinished_is_passed_over(written, 
 
 def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(text_files, tmp_path):
     mixture = ["--stateful_config", json.dumps({"pass_probabilities": [0.4, 0.3, 0.3]})]
-    one = run("train.py", options(text_files, tmp_path / "one", *mixture))
-    assert one.returncode == 0, one.stderr
+    train(*parse(options(text_files, tmp_path / "one", *mixture)))
     accumulated = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=2"]
     accelerate = str(Path(sys.executable).parent / "accelerate")
     launcher = [accelerate, "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
@@ -379,12 +385,19 @@ def test_training_goes_on_from_a_checkpoint_and_around_a_backbone(text_files, tm
             train(*parse([*continued(text_files, tmp_path / "x", tmp_path / "around"), *more]))
 
 
+@pytest.fixture(scope="session")
+def plain_run(text_files, tmp_path_factory):
+    """The folder of a trained plain GPT."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    train(*parse(options(text_files, folder, "--preset=gpt")))
+    return folder
+
+
 @pytest.mark.parametrize("trainable", ["everything", "fusion", "lora"])
-def test_of_a_converted_model_the_fusion_alone_may_be_trained(trainable, text_files, tmp_path):
-    train(*parse(options(text_files, tmp_path / "plain", "--preset=gpt")))
+def test_of_a_converted_model_the_fusion_alone_may_be_trained(trainable, plain_run, text_files, tmp_path):
     more = ["--preset=stateful", f"--trainable={trainable}", '--stateful_config={"feedback": "correction"}']
-    results = train(*parse([*continued(text_files, tmp_path / "run", tmp_path / "plain"), *more]))
-    before = load_file(tmp_path / "plain/model.safetensors")
+    results = train(*parse([*continued(text_files, tmp_path / "run", plain_run), *more]))
+    before = load_file(plain_run / "model.safetensors")
     after = load_file(tmp_path / "run/model.safetensors")
     assert after["model.feedback.down.weight"].abs().max() > 0
     changed = {
@@ -401,12 +414,12 @@ def test_of_a_converted_model_the_fusion_alone_may_be_trained(trainable, text_fi
     # Resumed from a checkpoint, it comes to the same.
     (tmp_path / "run/results.json").unlink()
     (tmp_path / "run/checkpoint-6/trainer_state.json").unlink()
-    train(*parse([*continued(text_files, tmp_path / "run", tmp_path / "plain"), *more]))
+    train(*parse([*continued(text_files, tmp_path / "run", plain_run), *more]))
     again = load_file(tmp_path / "run/model.safetensors")
     assert all(torch.equal(after[name], again[name]) for name in after)
 
 
-def test_evaluation_is_bits_per_byte_and_passes_approach_the_exact_value(text_files, tmp_path):
+def test_evaluation_is_bits_per_byte_and_passes_approach_the_exact_value(text_files, tmp_path, monkeypatch, capsys):
     train(*parse(options(text_files, tmp_path / "run", "--preset=stateful", "--max_steps=30", "--eval_strategy=no")))
     documents = [topics["compound"][:3000]]
     model = load_model(str(tmp_path / "run"))
@@ -421,8 +434,11 @@ def test_evaluation_is_bits_per_byte_and_passes_approach_the_exact_value(text_fi
     assert bits["exact"] == pytest.approx(nats / math.log(2) / bytes_per_token, rel=1e-4)
     assert results["exact"]["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
 
-    printed = run("evaluate.py", [str(tmp_path / "run"), "--text_file", text_files[0], "--max_blocks=4", "--json"])
-    assert set(json.loads(printed.stdout)) == {"1", "2", "3", "exact"}, printed.stderr
+    command = ["evaluate.py", str(tmp_path / "run"), "--text_file", text_files[0], "--max_blocks=4", "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    capsys.readouterr()
+    evaluate_main()
+    assert set(json.loads(capsys.readouterr().out)) == {"1", "2", "3", "exact"}
     record = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert record["text"] == f"{Path(text_files[0]).name}, at most 4 blocks of it"
 
@@ -520,7 +536,7 @@ def test_a_comparison_says_which_arm_cannot_be_trained_and_where_it_cannot_be_wr
     ):
         with pytest.raises(RunError, match=message):
             compare(*parse_comparison(["--arms", "gpt", arm, *options(text_files, folder)]))
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "text"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
     with pytest.raises(DataError, match=r"The validation text: The text has \d+ tokens, less than one block"):
         train(*parse(options(text_files[:1], tmp_path / "x", "--validation_fraction=0.001", "--block_size=500")))
 
@@ -531,7 +547,7 @@ def test_arms_go_on_from_checkpoints_and_from_arms_that_went_on(text_files, tmp_
         --trainable=lora --stateful_config '{"training_solver": "sequential"}'"""
     again = f"--model_name_or_path {run_folder('{output_dir}', stateful, 0)} --max_steps=1 --trainable=fusion"
     without = """stateful --stateful_config '{"feedback": null}'"""
-    more = ["--sample_tokens=5", "--decoder_config", '{"mlp_type": "swiglu"}']
+    more = ["--sample_tokens=5", "--max_eval_blocks=4", "--decoder_config", '{"mlp_type": "swiglu"}']
     command = [
         "compare.py",
         "--arms",
@@ -555,14 +571,19 @@ def test_arms_go_on_from_checkpoints_and_from_arms_that_went_on(text_files, tmp_
     assert bits["trained_passes"] == bits["exact"] != bits["one_pass"]
 
 
-def test_an_arm_with_another_tokenizer_is_refused_before_anything_is_trained(text_files, tmp_path, monkeypatch):
-    train(*parse(options(text_files, tmp_path / "bytes", "--preset=gpt")))
+def test_an_arm_with_another_tokenizer_is_refused_before_anything_is_trained(
+    plain_run, text_files, tmp_path, monkeypatch
+):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["def"])
     tokenizer.save_pretrained(tmp_path / "words")
     train(*parse(options(text_files, tmp_path / "other", "--preset=gpt", f"--tokenizer_name={tmp_path / 'words'}")))
-    for name, message in (("other", "another tokenizer than 'gpt'"), ("missing", "cannot be loaded"), ("bytes", None)):
-        arms = ["--arms", "gpt", f"gpt --model_name_or_path {tmp_path / name}", "--sample_tokens=5"]
+    for start, message in (
+        (tmp_path / "other", "another tokenizer than 'gpt'"),
+        (tmp_path / "missing", "cannot be loaded"),
+        (plain_run, None),
+    ):
+        arms = ["--arms", "gpt", f"gpt --model_name_or_path {start}", "--sample_tokens=5", "--max_eval_blocks=4"]
         monkeypatch.setattr(sys, "argv", ["compare.py", *arms, *options(text_files, tmp_path / "all")])
         if message is None:
             compare_main()
@@ -574,7 +595,11 @@ def test_an_arm_with_another_tokenizer_is_refused_before_anything_is_trained(tex
 
 def test_arms_that_read_documents_and_blocks_can_be_compared(text_files, tmp_path, monkeypatch):
     arms = ["--arms", "reversible --context unbounded --chunk_size 64", "reversible", "--sample_tokens=5"]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *arms, *options(text_files, tmp_path / "all", "--max_steps=2")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["compare.py", *arms, *options(text_files, tmp_path / "all", "--max_steps=2", "--max_eval_blocks=4")],
+    )
     compare_main()
     assert len(lines(tmp_path / "all/comparison.jsonl")) == 2
 
@@ -759,15 +784,14 @@ def test_a_killed_comparison_loses_nothing(text_files, tmp_path, monkeypatch):
         [sys.executable, str(ROOT / "training/compare.py"), *command],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (file.exists() and "stateful" in file.read_text()) and time.monotonic() < deadline:
+    while not (file.exists() and "stateful" in file.read_text()):
+        assert process.poll() is None, "it was to be killed in the middle"
         time.sleep(0.005)
-    assert process.poll() is None, "it was to be killed in the middle"
     process.kill()
     process.wait()
     before = file.read_text()
-    done = run("compare.py", command)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["compare.py", *command])
+    compare_main()
     assert file.read_text().startswith(before)
     losses = [
         {(e["arm"], e["step"]): e["eval_loss"] for e in lines(tmp_path / name / "evaluations.jsonl")}
@@ -883,7 +907,10 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(text_files, tmp_pat
     assert not (tmp_path / "x").exists()
 
 
-def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path):
+MAINS = {"train.py": train_main, "evaluate.py": evaluate_main, "compare.py": compare_main}
+
+
+def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path, monkeypatch, capsys):
     for script, arguments, message in (
         ("train.py", options([str(tmp_path / "none.txt")], tmp_path / "x"), "none.txt does not exist"),
         ("evaluate.py", [str(tmp_path / "nowhere")], "cannot be loaded"),
@@ -901,10 +928,21 @@ def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path):
             "--warm_start is for a model that feeds its hidden state back",
         ),
     ):
-        done = run(script, arguments)
-        assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")
-        assert message in done.stderr and "Traceback" not in done.stderr
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit, match=re.escape(message)) as ended:
+            run_command(MAINS[script])
+        # What is given to sys.exit as a text is printed, with the exit code 1.
+        assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
         assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_an_error_is_one_line_on_the_terminal(script, tmp_path):
+    wrong = {"train.py": ["--text_file", "none.txt", "--output_dir", "x"], "evaluate.py": ["nowhere"]}
+    wrong["compare.py"] = ["--arms", "gpt", *wrong["train.py"]]
+    done = run(script, wrong[script], cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_the_loss_does_not_depend_on_how_evaluation_is_batched(text_files, tmp_path):

@@ -124,33 +124,45 @@ class Llama:
         return LlamaConfig(**SIZES)
 
 
-class GPTTest(GateLoop, unittest.TestCase):
+class Attention(GateLoop):
     layer_types = ["full_attention"] * 2
 
 
-class GateLoopTest(GateLoop, unittest.TestCase):
+class Recurrence(GateLoop):
     layer_types = ["gateloop"] * 2
     has_attentions = False
     excluded = EXCLUDED_WITHOUT_ATTENTION
+
+
+@pytest.mark.exhaustive
+class GPTTest(Attention, unittest.TestCase):
+    pass
+
+
+@pytest.mark.exhaustive
+class GateLoopTest(Recurrence, unittest.TestCase):
+    pass
 
 
 class HybridTest(GateLoop, unittest.TestCase):
     layer_types = ["gateloop", "full_attention"]
 
 
-class ReversibleTest(GateLoopTest):
+@pytest.mark.exhaustive
+class ReversibleTest(Recurrence, unittest.TestCase):
     layer_types = ["reversible"] * 2
 
 
-class RWKVTest(GateLoopTest):
+class RWKVTest(Recurrence, unittest.TestCase):
     layer_types = ["reversible", "rwkv"]
 
 
-class StatefulGPTTest(Stateful, GPTTest):
+class StatefulGPTTest(Stateful, Attention, unittest.TestCase):
     pass
 
 
-class StatefulGateLoopTest(Stateful, GateLoopTest):
+@pytest.mark.exhaustive
+class StatefulGateLoopTest(Stateful, Recurrence, unittest.TestCase):
     pass
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from data import byte_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_training import ROOT, options, run, run_and_kill, text_files  # noqa: F401
-from tiny import NO_SPECIAL_TOKENS, VOCAB, tokens
+from tiny import MANY, NO_SPECIAL_TOKENS, VOCAB, tokens
 from tokenizers.processors import TemplateProcessing
 from train import RunError, parse, train
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
@@ -83,11 +83,26 @@ def stored(model, ids, labels, chunk_size, mask=None):
     return loss.detach()
 
 
+mixtures, dtypes = st.sampled_from(sorted(MIXTURES)), st.sampled_from([torch.float64, torch.float32])
+
+
+@MANY
+@given(mixtures, dtypes, st.integers(1, 40), st.integers(1, 45), st.booleans())
+@example("mixed", torch.float64, 1, 4, False)
+@example("rwkv", torch.float32, 37, 37, True)
+def test_loss_and_gradients_are_those_of_storing_everything(mixture, dtype, length, chunk_size, ragged):
+    check_gradients(mixture, dtype, length, chunk_size, ragged)
+
+
+@pytest.mark.exhaustive
 @every_mixture
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("length, chunk_size", [(37, 8), (37, 37), (37, 100), (5, 1), (1, 4), (4096, 1000)])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_loss_and_gradients_are_those_of_storing_everything(mixture, dtype, length, chunk_size, ragged):
+def test_loss_and_gradients_of_long_documents_are_those_of_storing_everything(mixture, dtype, ragged):
+    check_gradients(mixture, dtype, 4096, 1000, ragged)
+
+
+def check_gradients(mixture, dtype, length, chunk_size, ragged):
     model, ids = decoder(mixture, dtype), tokens(3, length)
     labels, mask = ids.clone(), None
     if ragged:
@@ -163,9 +178,7 @@ def test_a_stateful_gpt_without_feedback_is_its_decoder():
     torch.testing.assert_close(backward_through_time(model, ids, ids, 4), expected.float())
 
 
-@every_mixture
-@pytest.mark.parametrize("length, chunk_size", [(14, 5), (14, 14), (5, 1), (1, 4)])
-@pytest.mark.parametrize("ragged", [False, True])
+@given(mixtures, st.integers(1, 14), st.integers(1, 15), st.booleans())
 def test_feedback_that_is_stepped_has_the_gradient_of_backpropagation_through_the_whole(
     mixture, length, chunk_size, ragged
 ):
@@ -215,14 +228,14 @@ class Killed(Exception):
     pass
 
 
-@every_mixture
-@pytest.mark.parametrize("context", [backward_through_time, truncated_backward])
-@given(pieces=st.integers(0, 12))
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_killed_anywhere_in_a_document_it_goes_on_from_there_to_the_same_bits(
-    context, mixture, pieces, tmp_path, monkeypatch
-):
+@given(mixtures, st.sampled_from([backward_through_time, truncated_backward]), st.integers(0, 12))
+def test_killed_anywhere_in_a_document_it_goes_on_from_there_to_the_same_bits(mixture, context, pieces):
     """Also where, as after a checkpoint that is older, another document comes first."""
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        check_resuming(mixture, context, pieces, Path(folder), monkeypatch)
+
+
+def check_resuming(mixture, context, pieces, tmp_path, monkeypatch):
     model, ids, first, read = decoder(mixture, torch.float32), tokens(2, 30), tokens(2, 8, seed=2), []
     for cell in (module for module in model.modules() if isinstance(module, ReversibleCell) and module.form.rows > 1):
         cell.x_proj.bias.data.view(2, 3, -1)[:, 2] -= 6  # They forget so quickly that words leave the buffers.
@@ -468,8 +481,7 @@ def on_documents(text_files, folder, *more):  # noqa: F811
 
 @pytest.mark.parametrize("context", ["unbounded", "truncated"])
 def test_whole_documents_are_learned_in_train_py(context, text_files, tmp_path):  # noqa: F811
-    done = run("train.py", on_documents(text_files, tmp_path / "run", f"--context={context}"))
-    assert done.returncode == 0, done.stderr
+    train(*parse(on_documents(text_files, tmp_path / "run", f"--context={context}")))
     results = json.loads((tmp_path / "run/results.json").read_text())
     log = [entry["eval_loss"] for entry in results["log"]]
     assert log[-1] < log[0]
@@ -478,8 +490,7 @@ def test_whole_documents_are_learned_in_train_py(context, text_files, tmp_path):
 
 
 def test_two_processes_make_the_steps_of_one_over_documents(text_files, tmp_path):  # noqa: F811
-    one = run("train.py", on_documents(text_files, tmp_path / "one", "--per_device_train_batch_size=2"))
-    assert one.returncode == 0, one.stderr
+    train(*parse(on_documents(text_files, tmp_path / "one", "--per_device_train_batch_size=2")))
     accelerate = str(Path(sys.executable).parent / "accelerate")
     launcher = [accelerate, "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
     two = run("train.py", on_documents(text_files, tmp_path / "two"), [*launcher, "--main_process_port", "0"])
@@ -492,13 +503,17 @@ def test_two_processes_make_the_steps_of_one_over_documents(text_files, tmp_path
         assert [e[what] for e in logs[1]] == pytest.approx([e[what] for e in logs[0]], rel=1e-4), what
 
 
-def test_killed_in_the_middle_of_a_document_a_run_resumes_to_the_same_weights(text_files, tmp_path):  # noqa: F811
+def test_killed_in_the_middle_of_a_document_a_run_resumes_to_the_same_weights(
+    text_files,  # noqa: F811
+    tmp_path,
+    capsys,
+):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     more = ["--dropout=0.1", "--progress_seconds=0"]
-    assert run("train.py", on_documents(text_files, whole, *more)).returncode == 0
+    train(*parse(on_documents(text_files, whole, *more)))
     run_and_kill(on_documents(text_files, killed, *more), losses=3)
-    resumed = run("train.py", on_documents(text_files, killed, *more))
-    assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
+    train(*parse(on_documents(text_files, killed, *more)))
+    assert "Resuming from" in capsys.readouterr().out
     expected, got = (load_file(folder / "model.safetensors") for folder in (whole, killed))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert not list(killed.glob("document-*"))

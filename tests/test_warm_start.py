@@ -137,17 +137,17 @@ def test_the_first_epoch_is_the_plain_model(text_files, tmp_path, monkeypatch): 
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_killed_and_resumed_every_state_stays_with_its_token(text_files, tmp_path):  # noqa: F811
+def test_killed_and_resumed_every_state_stays_with_its_token(text_files, tmp_path, capsys):  # noqa: F811
     mixture = '--stateful_config={"pass_probabilities": [0.75, 0.25]}'
     more = [mixture, "--dropout=0.1", "--save_steps=7", "--save_total_limit=2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run("train.py", arguments(text_files, whole, *more)).returncode == 0
+    train(*parse(arguments(text_files, whole, *more)))
     steps = json.loads((sorted(whole.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text())["max_steps"]
 
     # In the middle of the second epoch, and past some checkpoints.
     run_and_kill(arguments(text_files, killed, *more), losses=steps // 2 + 1)
-    resumed = run("train.py", arguments(text_files, killed, *more))
-    assert resumed.returncode == 0 and "Resuming from" in resumed.stdout, resumed.stderr
+    train(*parse(arguments(text_files, killed, *more)))
+    assert "Resuming from" in capsys.readouterr().out
     assert torch.equal(states(killed, EPOCHS - 1), states(whole, EPOCHS - 1))
     assert len(list((killed / "states").iterdir())) == 1, "the others are of no use any more"
     expected, got = (load_file(folder / "model.safetensors") for folder in (whole, killed))
@@ -156,8 +156,7 @@ def test_killed_and_resumed_every_state_stays_with_its_token(text_files, tmp_pat
 
 def test_spread_over_two_processes_every_state_stays_with_its_token(text_files, tmp_path):  # noqa: F811
     # Whole batches only: accelerate would fill up what is left over, and tokens be visited twice in an epoch.
-    one = run("train.py", arguments(text_files, tmp_path / "one", "--dataloader_drop_last=true"))
-    assert one.returncode == 0, one.stderr
+    train(*parse(arguments(text_files, tmp_path / "one", "--dataloader_drop_last=true")))
     accelerate = str(Path(sys.executable).parent / "accelerate")
     launcher = [accelerate, "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
     halves = ["--per_device_train_batch_size=4", "--dataloader_drop_last=true"]

@@ -1,7 +1,9 @@
 """Tiny random models whose feedback matters, over each kind of backbone."""
 
+from collections.abc import Iterable
 from functools import cache
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -40,6 +42,15 @@ DTYPES = [torch.float64, torch.float32]
 
 MANY = settings(max_examples=4 * settings.default.max_examples)
 """For a property of every model: so many examples that each backbone and each fusion is drawn several times."""
+
+
+def few(cases: Iterable, kept: Iterable) -> list:
+    """The parameters `cases` of a test that is slow by nature: all but the `kept` are exhaustive."""
+    cases, kept = list(cases), list(kept)
+    assert all(case in cases for case in kept)
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    marks = [() if case in kept else pytest.mark.exhaustive for case in cases]
+    return [pytest.param(*value, marks=mark) for value, mark in zip(values, marks, strict=True)]
 
 
 def models(backbones=BACKBONES, fusions=FUSIONS, dtypes=DTYPES) -> st.SearchStrategy[dict]:
