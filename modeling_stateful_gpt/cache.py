@@ -85,6 +85,11 @@ class ScatteredLayer(DynamicLayer):
         self.values = put(self.values, value_states, where, dim=2)
         return self.keys, self.values
 
+    def load(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Takes over what another layer holds that the whole sequence was written to."""
+        self.keys, self.values = keys, values
+        self.complete = self.is_initialized = True
+
     def get_seq_length(self) -> int:
         return 0
 
@@ -115,6 +120,23 @@ def append(cache: Cache, scattered: Cache, length: int | None = None) -> None:
     for number, layer in enumerate(scattered.layers):
         where = slice(layer.past, None if length is None else layer.past + length)
         cache.update(layer.keys[:, :, where], layer.values[:, :, where], number)
+
+
+def gather_slots(z: torch.Tensor, slots: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """`z` with its dimension `dim` in the order `slots` `[B, T]` of each row."""
+    shape = [1] * z.ndim
+    shape[0], shape[dim] = slots.shape
+    return torch.take_along_dim(z, slots.view(shape), dim)
+
+
+def reorder_slots(cache: Cache, slots: torch.Tensor) -> None:
+    """Puts the first T keys and values of every layer of the language model in the order `slots` `[B, T]` of each row.
+    The layers are plain ones (see `can_scatter`)."""
+    for layer in cache.layers:
+        if not isinstance(layer, LastHiddenStateLayer):
+            filled = slice(None, slots.shape[1])
+            keys, values = (gather_slots(z[:, :, filled], slots, dim=2) for z in (layer.keys, layer.values))
+            layer.keys, layer.values = put(layer.keys, keys, filled, dim=2), put(layer.values, values, filled, dim=2)
 
 
 class RecurrentStateLayer(CacheLayerMixin):

@@ -34,7 +34,9 @@ class StatefulGPTConfig(PreTrainedConfig):
             `"sequential"`, token by token with backpropagation through time.
         num_passes: passes over a training batch. The first is plain, each further one reads the states of the pass
             before, shifted by one. The loss is the mean over all passes.
-        num_no_grad_passes: further passes, without gradient and loss, before those.
+        num_no_grad_passes: further passes, without gradient and loss, before those. With None there are as many as
+            solve the recurrence to `tolerance`, without dropout and noise. The passes with gradient then go over all
+            positions at once, and what is trained is what evaluation computes.
         pass_probabilities: in place of `num_passes`, the probability of 1, 2, … passes, drawn for each batch from
             `pass_seed` and the number of batches so far: the same on every process, and after a resume.
         detach_between_passes: no gradient from a pass to the one before.
@@ -62,7 +64,7 @@ class StatefulGPTConfig(PreTrainedConfig):
     feedback_source: str = "hidden_state"
     training_solver: str = "cyclic"
     num_passes: int = 1
-    num_no_grad_passes: int = 2
+    num_no_grad_passes: int | None = 2
     pass_probabilities: list[float] | None = None
     pass_seed: int = 0
     detach_between_passes: bool = False
@@ -92,8 +94,10 @@ class StatefulGPTConfig(PreTrainedConfig):
         write_stateful_rows(self.model_type, self.text_config.model_type, fusion)
         return fields
 
-    def trained_passes(self) -> int:
-        """How many passes a training batch goes through, at most."""
+    def trained_passes(self) -> int | None:
+        """How many passes a training batch goes through, at most; None where the recurrence is solved."""
+        if self.num_no_grad_passes is None:
+            return None
         return self.num_no_grad_passes + len(self.pass_probabilities or [None] * self.num_passes)
 
     def validate_feedback(self):
@@ -107,8 +111,8 @@ class StatefulGPTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
-        if self.num_no_grad_passes < 0:
-            raise ValueError(f"num_no_grad_passes is {self.num_no_grad_passes}; it must be at least 0.")
+        if self.num_no_grad_passes is not None and self.num_no_grad_passes < 0:
+            raise ValueError(f"num_no_grad_passes is {self.num_no_grad_passes}; it must be at least 0, or None.")
         probabilities = self.pass_probabilities
         if probabilities is not None and not (
             min(probabilities, default=-1) >= 0 and abs(sum(probabilities) - 1) <= 1e-6

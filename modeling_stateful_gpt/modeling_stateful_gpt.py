@@ -4,14 +4,17 @@
 it solved, and `StatefulGPTForCausalLM` puts the head on it.
 """
 
+import copy
 import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -29,7 +32,16 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
-from .cache import append, can_scatter, last_hidden_state_layer, put, scatter, snapshot
+from .cache import (
+    append,
+    can_scatter,
+    gather_slots,
+    last_hidden_state_layer,
+    put,
+    reorder_slots,
+    scatter,
+    snapshot,
+)
 from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import DECODE_MODES, StatefulGPTConfig
 from .feedback import FUSIONS, FusionLinear
@@ -280,6 +292,48 @@ class LanguageModelRecurrence:
         layer.write(self.at(self.in_force, self.slots(states)), self.in_force_exists)
 
 
+def needs_alignment(attention_mask: torch.Tensor | None, cache: Cache | None) -> bool:
+    """Whether there may be padding before a token, in a sequence that begins here and can be put in another order."""
+    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.shape[1] == 1:
+        return False
+    if cache is not None and (cache.get_seq_length() > 0 or not can_scatter(cache)):
+        return False
+    return torch.compiler.is_compiling() or bool((attention_mask.long().diff(dim=1) > 0).any())
+
+
+class Alignment:
+    """Puts each row's tokens first and its padding last, so that the group of a token does not depend on padding.
+
+    Args:
+        attention_mask: `[B, T]`, 0 on padding.
+    """
+
+    def __init__(self, attention_mask: torch.Tensor):
+        self.order = attention_mask.bool().long().argsort(dim=1, descending=True, stable=True)
+        self.inverse = self.order.argsort(dim=1)
+
+    def align(self, z: torch.Tensor) -> torch.Tensor:
+        """`z` `[B, T, …]` with each row's tokens first."""
+        return gather_slots(z, self.order)
+
+    def restore(self, z: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """`z` `[B, …, T, …]`, T being its dimension `dim`, as the tokens stood before."""
+        return gather_slots(z, self.inverse, dim)
+
+    def restore_output(self, output: "StatefulGPTOutputWithPast") -> None:
+        """Restores what a forward returns, and the keys and values in its cache, which was empty before."""
+        output.last_hidden_state = self.restore(output.last_hidden_state)
+        for name in ("pass_hidden_states", "hidden_states"):
+            if output.get(name) is not None:
+                output[name] = tuple(self.restore(h) for h in output[name])
+        if output.attentions is not None:
+            output.attentions = tuple(
+                a if a is None else self.restore(self.restore(a, 2), 3) for a in output.attentions
+            )
+        if output.past_key_values is not None:
+            reorder_slots(output.past_key_values, self.inverse)
+
+
 def in_order(outputs: list[dict], parts: list[slice], length: int) -> dict:
     """What groups of positions recorded, one after the other, in the order of their positions: hidden states
     `[B, T, D]` and attentions `[B, H, T, S]` of every layer."""
@@ -293,9 +347,32 @@ def in_order(outputs: list[dict], parts: list[slice], length: int) -> dict:
     return result
 
 
-def keeps_no_cache(language_model: PreTrainedModel) -> bool:
-    """Whether keys and values are thrown away: transformers does so where activations are checkpointed."""
-    return language_model.training and getattr(language_model, "is_activation_checkpointing", False)
+def checkpointing(language_model: PreTrainedModel) -> list[Any]:
+    """The modules that checkpoint their activations in training mode, and then keep no keys and values."""
+    return [module for module in language_model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+@contextmanager
+def without_checkpointing(language_model: PreTrainedModel) -> Iterator[None]:
+    modules = checkpointing(language_model)
+    try:
+        for module in modules:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class TrainingRecurrence(LanguageModelRecurrence):
@@ -332,8 +409,33 @@ class TrainingRecurrence(LanguageModelRecurrence):
             h = h + self.model.config.feedback_noise * torch.randn_like(h)
         return super().fuse(e, h, has_previous)
 
-    def run(self, *args) -> torch.Tensor:
-        return self.run_with_shared_masks(*args) if self.shares_masks else super().run(*args)
+    def run(self, inputs, cache: Cache | None, *where) -> torch.Tensor:
+        if self.shares_masks:
+            return self.run_with_shared_masks(inputs, cache, *where)
+        if cache is None or not checkpointing(self.model.language_model):
+            return super().run(inputs, cache, *where)
+        if torch.is_grad_enabled():
+            return self.run_checkpointed(inputs, cache, *where)
+        with without_checkpointing(self.model.language_model):
+            return super().run(inputs, cache, *where)
+
+    def run_checkpointed(self, inputs, cache: Cache, *where) -> torch.Tensor:
+        """Checkpoints the run as a whole, so that the keys and values are kept, which the layers would throw away."""
+        before = [copy.copy(layer) for layer in cache.layers]
+
+        def run(inputs: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            scratch = Cache(layers=[copy.copy(layer) for layer in before])
+            for layer, keys, values in zip(scratch.layers, tensors[::2], tensors[1::2], strict=False):
+                layer.keys, layer.values = keys, values
+            with without_checkpointing(self.model.language_model):
+                hidden_states = super(TrainingRecurrence, self).run(inputs, scratch, *where)
+            return hidden_states, *(z for layer in scratch.layers for z in (layer.keys, layer.values))
+
+        tensors = [z for layer in before if layer.is_initialized for z in (layer.keys, layer.values)]
+        hidden_states, *tensors = checkpoint(run, inputs, *tensors, use_reentrant=False)
+        for layer, keys, values in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
+            layer.load(keys, values)
+        return hidden_states
 
     # Compiled, each pass is then a graph of its own, and draws its masks from the seed when it begins.
     @torch.compiler.disable(recursive=False)
@@ -482,6 +584,17 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         training = self.training and past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=text_config)
+        alignment = None
+        if self.groups_positions(training, num_passes, solver, decode_mode) and needs_alignment(
+            attention_mask, past_key_values
+        ):
+            alignment = Alignment(attention_mask)
+            if position_ids is None:
+                position_ids = default_position_ids(inputs_embeds.shape[1], attention_mask, None, inputs_embeds.device)
+            inputs_embeds, attention_mask, position_ids, initial_states = (
+                None if z is None else alignment.align(z)
+                for z in (inputs_embeds, attention_mask, position_ids, initial_states)
+            )
         kind = TrainingRecurrence if training else LanguageModelRecurrence
         recurrence = kind(self, inputs_embeds, attention_mask, position_ids, past_key_values, initial_states, **kwargs)
         if training:
@@ -493,7 +606,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             solution = self.solve(recurrence, num_passes, solver, decode_mode or self.config.decode_mode)
             last_hidden_state = solution.hidden_states
         recurrence.commit(inputs_embeds if self.config.feedback_source == "embedding" else solution.hidden_states)
-        return StatefulGPTOutputWithPast(
+        output = StatefulGPTOutputWithPast(
             last_hidden_state=last_hidden_state,
             past_key_values=past_key_values,
             **recurrence.output,
@@ -502,23 +615,47 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             residual=solution.residual,
             stepped_from=None if training else solution.stepped_from,
         )
+        if alignment is not None:
+            alignment.restore_output(output)
+        return output
+
+    def groups_positions(
+        self, training: bool, num_passes: int | None, solver: str | None, decode_mode: str | None
+    ) -> bool:
+        """Whether a fixed number of cyclic passes is made, whose result depends on which positions make a group."""
+        fixed = training or num_passes is not None or (decode_mode or self.config.decode_mode) == "passes"
+        return fixed and num_passes != 1 and (solver or self.config.training_solver) == "cyclic"
 
     def train_passes(self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str) -> Solution:
         num_no_grad_passes = self.config.num_no_grad_passes if num_passes is None else 0
         num_passes = num_passes or self.draw_num_passes()
-        if solver == "sequential" and keeps_no_cache(self.language_model):
+        if solver == "sequential" and checkpointing(self.language_model):
             raise ValueError(
-                "Activations are checkpointed, and transformers then keeps no keys and values; training token by token "
-                "needs them. Turn gradient checkpointing off, or choose another training_solver."
+                "Training token by token needs the keys and values that checkpointed activations throw away. Set "
+                "gradient_checkpointing=False (trl's trainers have it on by default), or train by the solved "
+                "recurrence: training_solver='cyclic', num_no_grad_passes=None."
             )
-        if solver != "sequential" and num_passes + num_no_grad_passes == 1 and recurrence.guess is None:
+        if solver != "sequential" and num_passes == 1 and num_no_grad_passes == 0 and recurrence.guess is None:
             return one_pass(recurrence.plain())
         if self.config.feedback_source == "embedding":
             return one_pass(recurrence.sweep(recurrence.embeds))
+        if solver != "sequential" and num_no_grad_passes is None:
+            recurrence.guess = self.solved_states(recurrence, solver)
+            solver, num_no_grad_passes = "jacobi", 0
         solution = self.run_solver(recurrence, solver, num_passes, num_no_grad_passes=num_no_grad_passes)
         if solver == "sequential":
             self.record(recurrence, solution)
         return solution
+
+    @torch.no_grad()
+    def solved_states(self, recurrence: LanguageModelRecurrence, solver: str) -> torch.Tensor:
+        """The states `[B, T, D]` that evaluation computes: no dropout, no noise, nothing checkpointed."""
+        known = recurrence.attention_mask is not None or recurrence.may_be_packed
+        positions = recurrence.position_ids if known else None
+        inputs = (recurrence.embeds, recurrence.attention_mask, positions, None, recurrence.guess)
+        more = {name: value for name, value in recurrence.kwargs.items() if name not in RECORDED}
+        with evaluation_mode(self):
+            return self.solve(LanguageModelRecurrence(self, *inputs, **more), None, solver, "solved").hidden_states
 
     def solve(
         self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str | None, decode_mode: str
@@ -559,15 +696,15 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         if solver == "cyclic" and not recurrence.has_groups:
             logger.warning_once(
                 f"{type(self.language_model).__name__} cannot be run on some positions at a time here: that takes "
-                f"attention to the whole past in every layer, eager or sdpa, without ALiBi, a 2-D mask or none, a "
-                f"dynamic or static cache, and no gradient checkpointing. The cyclic solver falls back to Jacobi."
+                f"attention to the whole past in every layer, eager or sdpa, without ALiBi, a 2-D mask or none, and "
+                f"a dynamic or static cache. The cyclic solver falls back to Jacobi."
             )
         return look_up(SOLVERS, solver, "solver")(recurrence, passes, num_groups=self.config.num_groups, **how)
 
     def takes_groups(self) -> bool:
         """Whether the language model can be run on some positions at a time, over keys and values written before."""
         config = self.language_model.config
-        if config._attn_implementation not in ("eager", "sdpa") or keeps_no_cache(self.language_model):
+        if config._attn_implementation not in ("eager", "sdpa"):
             return False
         if any(getattr(config, name, None) for name in ("alibi", "window_size", "attention_chunk_size")):
             return False
@@ -607,7 +744,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
     def draw_from(self, probabilities: list[float]) -> int:
         # Not the global random state: that may differ between processes, which must agree on the number.
         generator = random.Random(f"{self.config.pass_seed} {int(self.batches_seen)}")
-        self.batches_seen += 1
+        if torch.is_grad_enabled():  # Whoever only looks at a batch must not change which numbers training draws.
+            self.batches_seen += 1
         return generator.choices(range(1, len(probabilities) + 1), weights=probabilities)[0]
 
 

@@ -241,6 +241,75 @@ def test_sft_trainer_takes_the_name_of_a_folder_with_code(tmp_path):
     assert run_by_name(SFT_BY_NAME, tmp_path / "chats.jsonl", *folders) == [list(CHATS.values())] * len(OURS)
 
 
+SOLVED = {"training_solver": "cyclic", "num_no_grad_passes": None, "num_passes": 1}
+
+
+def policy(folder, **config):
+    """A model whose passes differ, loaded from a folder: trl loads the reference from there as well."""
+    model = copy.deepcopy(learned("stateful around llama"))
+    model.config.update(config)
+    with torch.no_grad():
+        for parameter in model.model.feedback.parameters():
+            parameter.mul_(2)
+    return AutoModelForCausalLM.from_pretrained(save(model, folder))
+
+
+def first_logs(trainer):
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trl_arguments(folder, **arguments):
+    common = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}
+    return {"output_dir": str(folder / "out"), "disable_tqdm": True, **common, **arguments}
+
+
+@pytest.mark.client("trl", "`DPOTrainer`, trained by the solved recurrence")
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
+def test_dpo_starts_with_policy_and_reference_alike(lora, tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    def answers(text):
+        return [[{"role": "assistant", "content": text(answer)}] for answer in CHATS.values()]
+
+    preferences = {"chosen": answers(str), "rejected": answers(lambda answer: answer[::-1])}
+    trainer = trl.DPOTrainer(
+        policy(tmp_path, **SOLVED),
+        args=trl.DPOConfig(**trl_arguments(tmp_path, per_device_train_batch_size=3, learning_rate=1e-3)),
+        train_dataset=Dataset.from_dict({"prompt": [chat(question) for question in CHATS], **preferences}),
+        processing_class=chat_tokenizer(),
+        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["feedback"]) if lora else None,
+    )
+    assert trainer.args.gradient_checkpointing
+    (first,) = first_logs(trainer)
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-3) and first["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    assert first["grad_norm"] > 0
+
+
+@pytest.mark.client("trl", "`GRPOTrainer`, trained by the solved recurrence")
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
+def test_grpo_starts_without_divergence_and_clips_nothing_of_an_unchanged_policy(lora, tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    sizes = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 12}
+    trainer = trl.GRPOTrainer(
+        policy(tmp_path, **SOLVED),
+        reward_funcs=lambda completions, **kwargs: [float(len(c[0]["content"])) for c in completions],
+        # Without a learning rate the policy stays; any clipping is that of two functions that differ.
+        args=trl.GRPOConfig(
+            **trl_arguments(tmp_path, max_steps=4, beta=0.1, num_iterations=2, learning_rate=0.0, epsilon=1e-3, **sizes)
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [chat(question) for question in CHATS]}),
+        processing_class=chat_tokenizer(),
+        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["feedback"]) if lora else None,
+    )
+    assert trainer.args.gradient_checkpointing
+    for entry in first_logs(trainer):
+        assert entry["kl"] == pytest.approx(0, abs=1e-3)
+        assert entry["clip_ratio/region_mean"] == 0
+
+
 QUESTIONS = [
     {"context": prompt(question), "choices": [*CHATS.values()], "answer": number}
     for number, question in enumerate(CHATS)

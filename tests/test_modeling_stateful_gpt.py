@@ -45,7 +45,7 @@ from transformers import (
 from transformers.utils import logging
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
-from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence, logger
+from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence, checkpointing, logger
 from modeling_stateful_gpt.solvers import SOLVERS, jacobi, sequential
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -617,13 +617,131 @@ def test_token_by_token_every_position_has_a_dropout_mask_of_its_own():
     assert all(not torch.allclose(h[:, 0], h[:, t]) for t in range(1, 6))
 
 
-def test_what_needs_the_keys_and_values_is_not_trained_with_checkpointed_activations():
+def test_token_by_token_training_refuses_checkpointed_activations():
     model, ids = train(training_solver="sequential"), tokens(2, 9)
     model.activation_checkpointing_enable()
-    with pytest.raises(ValueError, match="Turn gradient checkpointing off"):
+    with pytest.raises(ValueError, match=r"Set gradient_checkpointing=False \(trl's trainers"):
         model(ids, labels=ids, use_cache=False)
-    passes = {solver: model.model(ids, use_cache=False, solver=solver) for solver in ("cyclic", "jacobi")}
-    assert torch.equal(*(out.pass_hidden_states[-1] for out in passes.values())), "cyclic falls back to Jacobi"
+
+
+SCHEMES = {
+    "jacobi": {"training_solver": "jacobi"},
+    "cyclic": {"training_solver": "cyclic"},
+    "as by default": {"training_solver": "cyclic", "num_no_grad_passes": 2, "num_passes": 1},
+    "solved": {"training_solver": "cyclic", "num_no_grad_passes": None, "num_passes": 1},
+    "solved by Jacobi": {"training_solver": "jacobi", "num_no_grad_passes": None, "num_passes": 2},
+}
+
+
+@given(
+    models(dtypes=[torch.float64]),
+    st.sampled_from(sorted(SCHEMES)),
+    st.lists(st.integers(0, 3), min_size=1, max_size=2),
+    st.sampled_from(["eager", "sdpa"]),
+)
+def test_checkpointed_activations_change_neither_what_is_trained_nor_its_gradient(drawn, scheme, pads, attention):
+    ids, mask, _ = padded(len(pads), 9, pads, "right")
+    found = []
+    for checkpointed in (False, True):
+        model = train(**drawn, **SCHEMES[scheme], num_groups=3)
+        model.set_attn_implementation(attention)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.2
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(1)
+        out = model(ids, attention_mask=mask, labels=targets(ids, mask), use_cache=False)
+        out.loss.backward()
+        assert all(module.gradient_checkpointing == checkpointed for module in checkpointing(model)), "left as it was"
+        found.append([out.loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@MANY
+@given(
+    models(),
+    st.sampled_from(sorted(SCHEMES)),
+    st.integers(2, 9),
+    st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    st.sampled_from(["left", "right", "hole"]),
+)
+def test_padding_changes_neither_training_passes_nor_their_gradients(drawn, scheme, length, pads, side):
+    ids, mask, real = padded(len(pads), length, pads, side)
+    model = train(**drawn, **SCHEMES[scheme], num_groups=3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    weights = torch.randn(ids.shape[1], 32, dtype=drawn["dtype"])
+    whole = model.model(ids, attention_mask=mask).pass_hidden_states[-1]
+    sum((whole[row, where] * weights[: len(where)]).sum() for row, where in enumerate(real)).backward()
+    together = [p.grad for p in model.model.parameters()]
+    model.zero_grad()
+    for row, where in enumerate(real):
+        alone = model.model(ids[row : row + 1, where]).pass_hidden_states[-1][0]
+        (alone * weights[: len(where)]).sum().backward()
+        torch.testing.assert_close(whole[row, where], alone, **tolerance(drawn["dtype"]))
+    bound = {"atol": 1e-3, "rtol": 1e-2} if drawn["dtype"] == torch.float32 else {"atol": 1e-6, "rtol": 1e-4}
+    for a, p in zip(together, model.model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, **bound)
+
+
+@given(models(), st.lists(st.integers(0, 5), min_size=1, max_size=3), st.sampled_from(["left", "right", "hole"]))
+def test_padding_changes_no_fixed_number_of_passes_nor_what_is_decoded_after_them(drawn, pads, side):
+    model = shared(**drawn, num_groups=3, training_solver="cyclic", decode_mode="passes", prefill_passes=3)
+    ids, mask, real = padded(len(pads), 9, pads, side)
+    more = torch.ones(len(pads), 1, dtype=torch.long)
+    with torch.no_grad():
+        prompt = model.model(ids, attention_mask=mask, use_cache=True, output_hidden_states=True)
+        cache = prompt.past_key_values
+        after = model.model(more, attention_mask=torch.cat([mask, more], 1), past_key_values=cache).last_hidden_state
+        for row, where in enumerate(real):
+            alone = model.model(ids[row : row + 1, where], use_cache=True)
+            torch.testing.assert_close(
+                prompt.last_hidden_state[row, where], alone.last_hidden_state[0], **tolerance(drawn["dtype"])
+            )
+            torch.testing.assert_close(prompt.hidden_states[-1][row, where], alone.last_hidden_state[0])
+            last = model.model(more[:1], past_key_values=alone.past_key_values).last_hidden_state
+            torch.testing.assert_close(after[row], last[0], **tolerance(drawn["dtype"]))
+
+
+@given(models(), st.sampled_from(["cyclic", "jacobi"]), st.lists(st.integers(0, 3), min_size=1, max_size=2))
+def test_trained_by_the_solved_recurrence_log_probabilities_are_those_of_evaluation(drawn, solver, pads):
+    ids, mask, real = padded(len(pads), 9, pads, "left")
+    solved = {"training_solver": solver, "num_no_grad_passes": None, "num_passes": 1}
+    model = train(**drawn, **solved, num_groups=3, feedback_noise=0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trained = model(ids, attention_mask=mask)
+    assert all(module.training for module in model.modules()), "left as it was"
+    evaluated = model.eval()(ids, attention_mask=mask)
+    for row, where in enumerate(real):
+        torch.testing.assert_close(
+            trained.logits[row, where], evaluated.logits[row, where], **tolerance(drawn["dtype"])
+        )
+
+
+def test_the_solved_recurrence_is_trained_by_one_pass_from_its_states():
+    ids = tokens(2, 9)
+    model = train(training_solver="cyclic", num_no_grad_passes=None, num_passes=1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5  # Only the pass with gradient drops anything.
+    exact = stepped(model.eval(), ids)
+    model.train()
+    torch.manual_seed(1)
+    model(ids, labels=ids).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    e = model.get_input_embeddings()(ids)
+    inputs = torch.cat([e[:, :1], model.model.feedback(e[:, 1:], exact[:, :-1])], dim=1)
+    torch.manual_seed(1)
+    h = model.model.language_model(inputs_embeds=inputs).last_hidden_state
+    model.loss_function(model.lm_head(h), ids, VOCAB).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad)
 
 
 @pytest.mark.parametrize("solver", ["jacobi", "cyclic"])
@@ -726,6 +844,8 @@ def test_pass_counts_are_drawn_from_their_probabilities_and_reproducible(tmp_pat
     assert draw(other, 400) == drawn
     assert draw(train(pass_probabilities=probabilities, pass_seed=1), 400) != drawn
 
+    with torch.no_grad():  # Looking at a batch draws nothing from training.
+        other(tokens(1, 5))
     other.save_pretrained(tmp_path)  # a resumed run goes on where it was
     resumed = StatefulGPTForCausalLM.from_pretrained(tmp_path)
     assert draw(resumed, 50) == draw(model, 50)
@@ -829,12 +949,12 @@ def test_padding_in_training_leaves_gradients_finite_and_equal():
 @pytest.mark.parametrize("share", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(share):
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointed in (False, True):
         model = train(share_dropout_masks=share)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.2
-        if checkpointing:
+        if checkpointed:
             model.activation_checkpointing_enable()
         torch.manual_seed(1)
         model(tokens(2, 9), labels=tokens(2, 9), use_cache=False).loss.backward()

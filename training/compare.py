@@ -244,6 +244,7 @@ def final_evaluation(run: Run, data: TrainingData, max_blocks: int) -> dict[str,
     warm = warm_start(run.model)
     stateful = isinstance(model, StatefulGPTForCausalLM)
     in_passes = stateful and model.config.training_solver != "sequential" and not warm
+    in_passes = in_passes and model.config.trained_passes() is not None
     trained = model.config.trained_passes() if in_passes else 1
     key = str(trained) if in_passes else "exact"
     results = evaluate(
