@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+from array import array
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,7 +14,8 @@ import torch
 from data import byte_tokenizer
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save, save_file
 from test_training import ROOT, options, run, run_and_kill, text_files  # noqa: F401
 from tiny import MANY, NO_SPECIAL_TOKENS, VOCAB, tokens
 from tokenizers.processors import TemplateProcessing
@@ -25,9 +27,11 @@ from unbounded import (
     Progress,
     WholeDocuments,
     backward_through_time,
+    pack,
     pad,
     same_dropout,
     truncated_backward,
+    unpack,
 )
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTForCausalLM
@@ -228,15 +232,15 @@ class Killed(Exception):
     pass
 
 
-@given(mixtures, st.sampled_from([backward_through_time, truncated_backward]), st.integers(0, 12))
-def test_killed_anywhere_in_a_document_it_goes_on_from_there_to_the_same_bits(mixture, context, pieces):
+@given(mixtures, dtypes, st.sampled_from([backward_through_time, truncated_backward]), st.integers(0, 12))
+def test_killed_anywhere_in_a_document_it_goes_on_from_there_to_the_same_bits(mixture, dtype, context, pieces):
     """Also where, as after a checkpoint that is older, another document comes first."""
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
-        check_resuming(mixture, context, pieces, Path(folder), monkeypatch)
+        check_resuming(mixture, dtype, context, pieces, Path(folder), monkeypatch)
 
 
-def check_resuming(mixture, context, pieces, tmp_path, monkeypatch):
-    model, ids, first, read = decoder(mixture, torch.float32), tokens(2, 30), tokens(2, 8, seed=2), []
+def check_resuming(mixture, dtype, context, pieces, tmp_path, monkeypatch):
+    model, ids, first, read = decoder(mixture, dtype), tokens(2, 30), tokens(2, 8, seed=2), []
     for cell in (module for module in model.modules() if isinstance(module, ReversibleCell) and module.form.rows > 1):
         cell.x_proj.bias.data.view(2, 3, -1)[:, 2] -= 6  # They forget so quickly that words leave the buffers.
 
@@ -270,6 +274,107 @@ def check_resuming(mixture, context, pieces, tmp_path, monkeypatch):
     if of_first < len(read) == pieces + 1:
         assert len(again) <= whole - (len(read) - of_first)
     assert not list(tmp_path.iterdir())
+
+
+def left_behind(model, ids, folder, seed=1):
+    """The file of a run that has been killed after a few pieces."""
+    save, saved = Progress.save, []
+
+    def save_and_perhaps_die(self, *args):
+        save(self, *args)
+        saved.append(self.path)
+        if len(saved) == 8:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(Progress, "save", save_and_perhaps_die)
+        if seed is not None:
+            torch.manual_seed(seed)
+        backward_through_time(model, ids, ids, 5, progress=Progress(folder, seconds=0))
+    assert len(saved) == 8
+    return saved[0]
+
+
+def test_a_stepped_feedback_goes_on_as_well(tmp_path, caplog):
+    model = StatefulGPTForCausalLM.from_backbone(decoder("mixed"), feedback="gated_add", training_solver="sequential")
+    model, ids = shaken(model).train(), tokens(2, 30)
+    torch.manual_seed(1)
+    loss = backward_through_time(model, ids, ids, 5)
+    expected = gradients(model)
+    left_behind(model, ids, tmp_path)
+    gradients(model)
+    torch.manual_seed(1)
+    assert torch.equal(backward_through_time(model, ids, ids, 5, progress=Progress(tmp_path)), loss)
+    assert "Going on in the middle" in caplog.text
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+class Trap:
+    """What runs a command where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_was_planted_runs_nothing(tmp_path):
+    model, ids, run = decoder("mixed", torch.float32), tokens(2, 30), tmp_path / "run"
+    torch.manual_seed(1)
+    expected = backward_through_time(model, ids, ids, 5)
+    run.mkdir()
+    torch.save({"reading": Trap(tmp_path / "sprung"), "gradients": []}, left_behind(model, ids, run))
+    gradients(model)
+    torch.manual_seed(1)
+    assert torch.equal(backward_through_time(model, ids, ids, 5, progress=Progress(run)), expected)
+    assert not (tmp_path / "sprung").exists()
+
+
+DTYPES = [torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex128]
+# Views that are not contiguous, and empty ones.
+views = st.builds(
+    lambda dtype, rows: torch.arange(3 * rows).view(rows, 3).to(dtype).mT, st.sampled_from(DTYPES), st.integers(0, 3)
+)
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | views
+
+
+@given(st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner), max_leaves=6))
+@settings(max_examples=40)
+def test_what_is_packed_comes_back_to_the_same_bits(value):
+    assert_same(unpacked(value), value)
+
+
+def test_conjugates_buffers_and_what_is_no_number_come_back_as_well():
+    z = [torch.randn(2, dtype=torch.complex128).conj(), torch.tensor([torch.nan, torch.inf, -0.0]), torch.tensor(3)]
+    words = torch.tensor([97, 98], dtype=torch.uint8)
+    assert_same(
+        unpacked([*z, 2**62 + 1, bytearray(b"ab"), array("q", [2**62 + 1])]),
+        [*z, 2**62 + 1, words, torch.tensor([2**62 + 1])],
+    )
+
+
+def unpacked(value):
+    tensors, metadata = pack(value)
+    return unpack(metadata, load(save(tensors)).__getitem__)
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for pair in zip(a, b, strict=True):
+            assert_same(*pair)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert_same(a[name], b[name])
+    else:
+        assert repr(a) == repr(b)
 
 
 @pytest.mark.parametrize(
@@ -312,27 +417,56 @@ def test_progress_of_something_else_is_not_taken_up(other, tmp_path):
 
 
 def test_a_run_that_is_over_leaves_no_progress_behind(tmp_path):
-    (tmp_path / "document-0123456789abcdef-0.pt").touch()
+    for ending in ("progress", "unfinished", "pt"):
+        (tmp_path / f"document-0123456789abcdef-0.{ending}").touch()
     (tmp_path / "document-1.txt").touch()  # Somebody's own.
     first_gradients(tmp_path, [{"input_ids": tokens(1, 9)[0].numpy()}])
     assert [path.name for path in tmp_path.glob("document-*")] == ["document-1.txt"]
 
 
-def test_a_damaged_file_of_progress_is_not_taken_up(tmp_path):
-    model, ids = decoder("mixed", torch.float32), tokens(2, 30)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-2000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"?"),
+        lambda path: save_file({"weight": torch.ones(2)}, path),
+        lambda path: save_file({}, path, {"outline": "[]"}),
+        lambda path: save_file(load_file(path), path, {"outline": "{}"}),
+        lambda path: retold(path, lambda saved: saved["reading"].pop("backwards")),
+        lambda path: retold(path, lambda saved: saved["reading"]["layers"].pop()),
+        lambda path: retold(path, lambda saved: saved["parameters"].reverse()),
+    ],
+)
+def test_a_file_that_is_damaged_or_something_else_is_passed_over(damage, tmp_path, caplog):
+    """And what was learned from the batches before stays."""
+    model, ids, first = decoder("mixed", torch.float32), tokens(2, 30), tokens(2, 8, seed=2)
+
+    def steps(folder):
+        torch.manual_seed(1)
+        backward_through_time(model, first, first, 5)
+        return backward_through_time(model, ids, ids, 5, progress=Progress(folder, seconds=1e9))
+
+    expected = steps(None)
+    expected_gradients = gradients(model)
     torch.manual_seed(1)
-    expected = backward_through_time(model, ids, ids, 5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Progress, "end", lambda self: None)
-        torch.manual_seed(1)
-        backward_through_time(model, ids, ids, 5, progress=Progress(tmp_path, seconds=0))
-    (path,) = tmp_path.iterdir()
-    for damaged in (path.read_bytes()[:-2000], b"", b"?"):
-        path.write_bytes(damaged)
-        gradients(model)
-        torch.manual_seed(1)
-        assert torch.equal(backward_through_time(model, ids, ids, 5, progress=Progress(tmp_path)), expected)
-        assert not path.exists()
+    backward_through_time(model, first, first, 5)
+    path = left_behind(model, ids, tmp_path, seed=None)
+    damage(path)
+    gradients(model)
+    assert torch.equal(steps(tmp_path), expected)
+    assert f"{path} is damaged, or something else" in caplog.text
+    assert not path.exists()
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, expected_gradients[name]), name
+
+
+def retold(path, change):
+    """The file again, with something else in its outline."""
+    with safe_open(path, "pt") as file:
+        outline = json.loads(file.metadata()["outline"])
+    change(outline)
+    save_file(load_file(path), path, {"outline": json.dumps(outline)})
 
 
 def test_what_is_frozen_gets_no_gradient():

@@ -21,8 +21,8 @@ gave at the one before, which would have to be known already.
 import contextlib
 import copy
 import hashlib
+import json
 import os
-import pickle
 import re
 import time
 from array import array
@@ -32,11 +32,13 @@ from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import (
@@ -78,6 +80,61 @@ class RewindableLayer(ReversibleStateLayer):
         return super().advance(partial(recur, words=self.words, backwards=self.backwards), inputs)
 
 
+def pack(value: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What a safetensors file is made of: the tensors in `value`, and as its metadata the rest, in JSON.
+
+    Args:
+        value: lists and dictionaries (without a key "tensor") of what JSON knows, tensors, and one-dimensional buffers
+            (`bytearray`, `array`), which come back as tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def place(z: Any) -> dict:
+        if not isinstance(z, torch.Tensor):
+            z = torch.from_numpy(np.asarray(z))
+        number, flat = str(len(tensors)), z.detach()
+        # The format knows no complex numbers in double precision.
+        flat = torch.view_as_real(flat.resolve_conj()) if z.is_complex() else flat
+        tensors[number] = flat.cpu().contiguous()
+        return {"tensor": number, "is_complex": z.is_complex(), "device": str(z.device)}
+
+    return tensors, {"outline": json.dumps(value, default=place)}
+
+
+def unpack(metadata: dict[str, str], tensor: Callable[[str], torch.Tensor]) -> Any:
+    """What `pack` was given. `tensor` finds one by its name."""
+
+    def find(entry: dict) -> Any:
+        if "tensor" not in entry:
+            return entry
+        # A copy: the last bits of what is computed from a tensor depend on how it is aligned.
+        z = tensor(entry["tensor"]).to(entry["device"], copy=True)
+        return torch.view_as_complex(z) if entry["is_complex"] else z
+
+    return json.loads(metadata["outline"], object_hook=find)
+
+
+HELD = (torch.Tensor, int, type(None), Words)
+"""The kinds of a layer's attributes that its past changes."""
+
+
+def contents(layer) -> dict[str, Any]:
+    """What a layer holds, for `pack`."""
+    held = {name: z for name, z in vars(layer).items() if isinstance(z, HELD)}
+    return {name: vars(z) if isinstance(z, Words) else z for name, z in held.items()}
+
+
+def refill(layer, held: dict[str, Any]) -> None:
+    """Puts what `contents` gave into a new layer of the same kind."""
+    for name, z in vars(layer).items():
+        if isinstance(z, Words):
+            z.bytes += held[name]["bytes"].numpy().tobytes()
+            z.moves.frombytes(held[name]["moves"].numpy().tobytes())
+            z.steps = held[name]["steps"]
+        elif isinstance(z, HELD):
+            setattr(layer, name, held[name])
+
+
 class Boundaries:
     """A stack, in `file`, of the layers that cannot be run backwards, as they were before each piece.
 
@@ -89,21 +146,30 @@ class Boundaries:
         self.file, self.starts = file, array("q")
 
     def push(self, layers: list) -> None:
-        layers = [copy.copy(layer) for layer in layers]
-        for layer in layers:
-            # The state after a piece may be a view of those after all of its tokens, which would be written too.
-            vars(layer).update({name: z.clone() for name, z in vars(layer).items() if isinstance(z, torch.Tensor)})
-        buffer = BytesIO()
-        torch.save(layers, buffer)
+        data = safetensors.torch.save(*pack([contents(layer) for layer in layers]))
         self.starts.append(self.file.seek(0, os.SEEK_END))
-        self.file.write(buffer.getvalue())
+        self.file.write(data)
 
-    def pop(self) -> list:
+    def pop(self, layers: list) -> list:
+        """New `layers`, filled with what those held that were pushed last."""
         start = self.starts.pop()
         self.file.seek(start)
-        layers = torch.load(BytesIO(self.file.read()), weights_only=False)
+        data = self.file.read()
         self.file.truncate(start)
+        # The header: its length in eight bytes, then JSON.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        held = unpack(header["__metadata__"], safetensors.torch.load(data).__getitem__)
+        for layer, z in zip(layers, held, strict=True):
+            refill(layer, z)
         return layers
+
+    def contents(self) -> dict[str, Any]:
+        self.file.seek(0)
+        return {"bytes": bytearray(self.file.read()), "starts": self.starts}
+
+    def refill(self, held: dict[str, Any]) -> None:
+        self.file.write(held["bytes"].numpy().tobytes())
+        self.starts.frombytes(held["starts"].numpy().tobytes())
 
 
 def check_recurrent(model: PreTrainedModel) -> None:
@@ -242,12 +308,28 @@ class Reading:
     backwards: int = 0
     """Pieces."""
 
+    def contents(self) -> dict[str, Any]:
+        """For `pack`."""
+        layers = [None if layer is None else contents(layer) for layer in self.layers]
+        return {**vars(self), "layers": layers, "boundaries": self.boundaries and self.boundaries.contents()}
 
-FILE_NAME = re.compile(r"document-[0-9a-f]{16}-\d+\.(pt|unfinished)")
+    def refill(self, held: dict[str, Any]) -> None:
+        """Makes a new reading into the one that `contents` is of."""
+        for layer, z in zip(self.layers, held["layers"], strict=True):
+            if z is not None:
+                refill(layer, z)
+        if self.boundaries is not None:
+            self.boundaries.refill(held["boundaries"])
+        self.gradients, self.total = held["gradients"], held["total"]
+        self.forwards, self.backwards = held["forwards"], held["backwards"]
+
+
+# Not .safetensors: what publishes the folder would take it for weights. What is pickled (.pt) is only deleted.
+FILE_NAME = re.compile(r"document-[0-9a-f]{16}-\d+\.(progress|unfinished|pt)")
 
 
 class Progress:
-    """Keeps a `Reading` in a file, so that a killed run can go on in the middle of a document.
+    """Keeps a `Reading` in a safetensors file, so that a killed run can go on in the middle of a document.
 
     A file is named after all that the gradients depend on: as a run is resumed from a checkpoint, it comes again to the
     same documents with the same weights and the same dropout, and what is not the same is not taken up.
@@ -257,7 +339,7 @@ class Progress:
         seconds: between two writes.
     """
 
-    FORMAT = 2
+    FORMAT = 3
     """Of the files. One of another is not taken up."""
 
     def __init__(self, folder: Path | None = None, seconds: float = 300):
@@ -269,31 +351,43 @@ class Progress:
         sizes = (self.FORMAT, self.context, batch.seed, batch.chunk_size, batch.num_items_in_batch)
         digest = hashlib.sha256(repr((*sizes, batch.model.config.to_json_string())).encode())
         for tensor in (batch.input_ids, batch.labels, *([] if mask is None else [mask]), *batch.model.parameters()):
-            digest.update(repr(tensor.shape).encode())
+            digest.update(repr((tensor.shape, tensor.device)).encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return self.folder / f"document-{digest.hexdigest()[:16]}-{PartialState().process_index}.pt"
+        return self.folder / f"document-{digest.hexdigest()[:16]}-{PartialState().process_index}.progress"
 
     def begin(self, batch: Batch, context: str, reading: Reading) -> Reading:
         """The reading in the file, if there is one, with the gradients so far; otherwise the given one."""
         self.batch, self.context = batch, context
         # To take the digest of all weights takes time, which most steps need not spend.
-        if self.folder is None or not any(self.folder.glob("document-*.pt")) or not self.path.exists():
+        if self.folder is None or not any(self.folder.glob("document-*.progress")) or not self.path.exists():
             return reading
         try:
-            saved = torch.load(self.path, weights_only=False)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            logger.warning(f"{self.path} is damaged ({error}); the documents are read again from their beginning.")
+            with safe_open(self.path, "pt") as file:
+                saved = unpack(file.metadata(), file.get_tensor)
+            # A copy, as something may turn out to be wrong half-way.
+            resumed, gradients = copy.deepcopy(reading), saved["parameters"]
+            resumed.refill(saved["reading"])
+            for parameter, gradient in zip(batch.model.parameters(), gradients, strict=True):
+                if gradient is not None and (gradient.shape, gradient.dtype) != (parameter.shape, parameter.dtype):
+                    raise ValueError(f"a gradient is {list(gradient.shape)}, its parameter {list(parameter.shape)}")
+        except Exception as error:  # Whatever is in the file.
+            logger.warning(
+                f"{self.path} is damaged, or something else than progress ({type(error).__name__}: {error}); the "
+                f"documents are read again from their beginning."
+            )
             return reading
         logger.warning(f"Going on in the middle of documents, from {self.path}.")
-        for parameter, gradient in zip(batch.model.parameters(), saved["gradients"], strict=True):
+        for parameter, gradient in zip(batch.model.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        return saved["reading"]
+        return resumed
 
     def save(self, batch: Batch, reading: Reading) -> None:
         if self.folder is None or time.monotonic() - self.written < self.seconds:
             return
         unfinished = self.path.with_suffix(".unfinished")
-        torch.save({"reading": reading, "gradients": [p.grad for p in batch.model.parameters()]}, unfinished)
+        value = {"reading": reading.contents(), "parameters": [p.grad for p in batch.model.parameters()]}
+        tensors, metadata = pack(value)
+        safetensors.torch.save_file(tensors, unfinished, metadata)
         os.replace(unfinished, self.path)
         self.written = time.monotonic()
 
@@ -361,7 +455,8 @@ def backward_through_time(
             layer.backwards = True
         reading.layers = [z if isinstance(z, RewindableLayer) else None for z in reading.layers]
         for start in pieces(batch.starts[::-1], reading.backwards, "backwards"):
-            stored = iter(reading.boundaries.pop() if None in reading.layers else [])
+            kept = [z for z in batch.layers() if not isinstance(z, RewindableLayer)]
+            stored = iter(reading.boundaries.pop(kept) if kept else [])
             layers = [next(stored) if z is None else z for z in reading.layers]
             before = [open_to_gradients(layer, dtype) for layer in layers]
             loss = batch.read(start, layers)
