@@ -6,6 +6,7 @@ it solved, and `StatefulGPTForCausalLM` puts the head on it.
 
 import copy
 import inspect
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -681,6 +682,11 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         if recurrence.embeds.dtype in (torch.float16, torch.bfloat16):
             tolerance = max(tolerance, 16 * torch.finfo(recurrence.embeds.dtype).eps)
         solution = self.run_solver(recurrence, solver or self.config.solver, tolerance=tolerance)
+        if math.isnan(solution.residual):
+            logger.warning_once(
+                "A sequence's hidden states are not finite (NaN or infinite), nor is what follows from them. Look at the "
+                "weights and the inputs; if the model computes in fp16, use bf16 or fp32."
+            )
         self.record(recurrence, solution)
         return solution
 
@@ -734,7 +740,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         finally:
             for module, mode in training:
                 module.training = mode
-        return bool(change.max() < 100 * torch.finfo(embeds.dtype).eps)
+        # Where nothing is finite, nothing can be told.
+        return bool(whole.isfinite().all() and change.max() < 100 * torch.finfo(embeds.dtype).eps)
 
     def draw_num_passes(self) -> int:
         probabilities = self.config.pass_probabilities
@@ -765,6 +772,19 @@ def refuse_unsupported(language_model: PreTrainedModel) -> None:
     width = language_model.get_input_embeddings().weight.shape[-1]
     if width != config.hidden_size:
         raise ValueError(f"{name} embeds tokens {width} wide; feedback needs its hidden_size, {config.hidden_size}.")
+
+
+def not_finite(model: PreTrainedModel) -> str:
+    """Why its logits are not numbers."""
+    named = [(name, z) for name, z in model.named_parameters() if not z.is_meta]
+    names = [name for name, z in named if not z.isfinite().all()]
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"{type(model).__name__} has weights that are not finite: {shown}. Load or train it again."
+    return (
+        f"{type(model).__name__} gives logits that are not numbers, though its weights are finite: something overflows "
+        f"in {model.dtype}. Load it with dtype=torch.float32 or torch.bfloat16."
+    )
 
 
 def any_pass(passes: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -807,7 +827,8 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
             config: further fields of `StatefulGPTConfig`.
 
         Raises:
-            ValueError: if the backbone's head is more than one `nn.Linear` without bias over the last hidden state.
+            ValueError: if the backbone's head is more than one `nn.Linear` without bias over the last hidden state, or
+                if that cannot be told because weights are not finite.
         """
         if isinstance(backbone, str):
             backbone = AutoModelForCausalLM.from_pretrained(backbone)
@@ -833,7 +854,10 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
         probe = torch.arange(4, device=backbone.device)[None]
         with torch.no_grad():
             plain_head = type(head) is nn.Linear and head.bias is None
-            if not plain_head or not torch.equal(model(probe, num_passes=1).logits, backbone.eval()(probe).logits):
+            logits = backbone.eval()(probe).logits
+            if plain_head and logits.isnan().any():
+                raise ValueError(not_finite(backbone))
+            if not plain_head or not torch.equal(model(probe, num_passes=1).logits, logits):
                 raise ValueError(
                     f"{type(backbone).__name__} does more in its head than one nn.Linear without bias (a bias, a scale "
                     f"or a cap on the logits); StatefulGPTForCausalLM cannot compute the same."

@@ -7,6 +7,7 @@ nothing of models.
 A new solver is one function below and one entry in `SOLVERS`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -67,7 +68,8 @@ class Solution:
     """How many times the language model went over the sequence."""
     residual: float | None = None
     """The largest change in the last pass of an element of a real position's state that is not exact yet, in units of
-    the root mean square of that state; None where it was not asked for."""
+    the root mean square of that state; None where it was not asked for. NaN where a real position's state is not
+    finite; all states that are, are solved all the same."""
     stepped_from: int | None = None
     """The position from which on the solver stepped, if it did."""
     pass_hidden_states: tuple[torch.Tensor, ...] = ()
@@ -85,7 +87,8 @@ def sequential(recurrence: Recurrence, passes: int | None = None, **unused) -> S
     Backpropagation goes through time, token by token. `passes` and the other solvers' arguments are ignored.
     """
     states = steps_from(recurrence, 0, None)
-    return Solution(states, passes=1, residual=0.0, stepped_from=0, pass_hidden_states=(states,))
+    residual = unless_lost(0.0, states, recurrence.real)
+    return Solution(states, passes=1, residual=residual, stepped_from=0, pass_hidden_states=(states,))
 
 
 def steps_from(recurrence: Recurrence, position: int, states: torch.Tensor | None) -> torch.Tensor:
@@ -115,7 +118,8 @@ def cyclic(
 
     With `passes=None`, it goes on until no element will change by more than `tolerance` times its state's root mean
     square, as estimated from how fast the changes shrink. A prefix for which that is so already is not computed again.
-    Where the residual does not halve in `PATIENCE` passes, the rest is stepped.
+    Where the residual does not halve in `PATIENCE` passes, the rest is stepped. A state that is not finite, computed
+    from settled ones, will not become so, and keeps nothing going.
 
     Args:
         passes: a fixed number of passes with gradients.
@@ -165,7 +169,8 @@ def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int) -> S
     while settled < recurrence.length:
         if len(residuals) > PATIENCE and residuals[-1] > residuals[-1 - PATIENCE] / 2:
             begin = settled if recurrence.has_groups else 0
-            return Solution(steps_from(recurrence, begin, states), passes + 1, residual=0.0, stepped_from=begin)
+            states = steps_from(recurrence, begin, states)
+            return Solution(states, passes + 1, unless_lost(0.0, states, recurrence.real), stepped_from=begin)
         # The second pass is over all positions at once, as the first: it takes less time than one in groups.
         start, split = (settled, num_groups) if passes > 1 else (0, 1)
         previous, states = states, recurrence.sweep_groups(states, start, split)
@@ -174,10 +179,15 @@ def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int) -> S
         # settled ones.
         settled = min((settled // split + 1) * split, recurrence.length)
         change = relative_change(states[:, settled:], previous[:, settled:], recurrence.real[:, settled:])
-        residuals.append(change.max().item() if len(change) else 0.0)
-        unsettled = torch.nonzero(~(change <= allowed_change(tolerance, residuals)))  # What is not a number as well.
-        settled += int(unsettled[0]) if len(unsettled) else len(change)
-    return Solution(states, passes, residuals[-1] if residuals else 0.0)
+        lost = lost_states(states, recurrence.real)
+        # Without a settled one before it, a state that is not finite may have been computed from a wrong one.
+        may_return = lost[:, settled:] & ~lost[:, :settled].any(1, keepdim=True)
+        change = change.masked_fill(may_return, torch.inf)
+        measured = change[change.isfinite()]
+        residuals.append(measured.max().item() if len(measured) else math.inf if change.numel() else 0.0)
+        unsettled = torch.nonzero((change > allowed_change(tolerance, residuals)).any(0))
+        settled += int(unsettled[0]) if len(unsettled) else change.shape[1]
+    return Solution(states, passes, unless_lost(residuals[-1] if residuals else 0.0, states, recurrence.real))
 
 
 def allowed_change(tolerance: float, residuals: list[float]) -> float:
@@ -188,16 +198,37 @@ def allowed_change(tolerance: float, residuals: list[float]) -> float:
     more than that is allowed, however fast they shrink.
     """
     *_, before, last = [2 * residuals[0], *residuals]
+    if math.isinf(last):  # Nothing could be measured.
+        return 0.0
     return tolerance / 2 * min(max(before - last, 0.0) / last, 1.0) if last > 0 else tolerance / 2
 
 
 @torch.no_grad()
 def relative_change(states: torch.Tensor, previous: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """`[T]`: the largest change of an element at each position, in units of its state's root mean square."""
+    """`[B, T]`: the largest change of an element at each position, in units of its state's root mean square; 0 between
+    states that are not finite, ∞ between such a one and another."""
     wide = torch.promote_types(states.dtype, torch.float32)  # In fp16, squares overflow.
     states, previous = states.to(wide), previous.to(wide)
-    scale = states.square().mean(-1).sqrt().clamp(min=torch.finfo(wide).tiny)
-    return torch.where(real, (states - previous).abs().amax(-1) / scale, 0).amax(0)
+    # Of the largest element, as squares overflow in fp32 as well.
+    tiny = torch.finfo(wide).tiny
+    largest = states.abs().amax(-1).clamp(min=tiny)
+    scale = (largest * (states / largest[..., None]).square().mean(-1).sqrt()).clamp(min=tiny)
+    change = (states - previous).abs().amax(-1) / scale
+    lost, were_lost = lost_states(states, real), lost_states(previous, real)
+    return change.masked_fill(lost ^ were_lost, torch.inf).masked_fill(lost & were_lost | ~real, 0)
+
+
+def lost_states(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """`[B, T]`: which real positions' states are not finite."""
+    return real & ~states.isfinite().all(-1)
+
+
+@torch.no_grad()
+def unless_lost(residual: float, states: torch.Tensor, real: torch.Tensor) -> float:
+    """`residual`, or NaN where the state of a real position is not finite. (A graph cannot look.)"""
+    if torch.compiler.is_compiling():
+        return residual
+    return math.nan if lost_states(states, real).any() else residual
 
 
 SOLVERS: dict[str, Callable[..., Solution]] = {"cyclic": cyclic, "jacobi": jacobi, "sequential": sequential}

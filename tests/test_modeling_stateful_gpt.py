@@ -1,6 +1,7 @@
 """The invariants: what must hold for every fusion, backbone, padding side and length, in fp64 and fp32."""
 
 import copy
+import math
 from itertools import accumulate, pairwise
 
 import pytest
@@ -1137,3 +1138,74 @@ def test_the_solvers_see_the_models_recurrence_as_any_other():
             model.model, model.get_input_embeddings()(ids), None, None, None
         )
         torch.testing.assert_close(jacobi(make()).hidden_states, sequential(make()).hidden_states)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_weights_that_are_not_finite_leave_nothing_solved(solver, caplog):
+    logging.enable_propagation()
+    logger.warning_once.cache_clear()
+    model, ids = stateful(tolerance=1e-4), tokens(2, 40)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] = torch.nan  # Of the head: no state depends on it.
+        assert model(ids, solver=solver).residual <= 1e-4
+        model.model.feedback.value.weight[0, 0] = torch.nan
+    outputs = model(ids, labels=ids, solver=solver)
+    assert outputs.residual != outputs.residual and outputs.loss.isnan()
+    assert solver == "sequential" or (outputs.passes <= 4 and outputs.stepped_from is None)
+    assert "hidden states are not finite" in caplog.text
+    logging.disable_propagation()
+    # As in generate().
+    assert math.isnan(model(ids[:, :1], past_key_values=model(ids).past_key_values).residual)
+
+
+def contracting(dtype=torch.float32, **config):
+    """Of which a few passes are enough."""
+    torch.manual_seed(0)
+    model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=text_config("llama"), **config)).to(dtype).eval()
+    model.model.feedback.value.weight.data *= 0.1
+    return model
+
+
+@pytest.mark.parametrize("solver", ["jacobi", "cyclic"])
+@pytest.mark.parametrize("where", [0, 20, 59])
+def test_a_sequence_that_is_not_finite_leaves_the_others_as_they_are(solver, where):
+    model, ids = contracting(), tokens(3, 60).clamp(max=VOCAB - 2)
+    ids[1, where] = VOCAB - 1
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-1] = torch.nan
+    alone, together = model(ids[::2], solver=solver), model(ids, solver=solver)
+    assert 0 < alone.residual <= model.config.tolerance and math.isnan(together.residual)
+    assert together.stepped_from is None and together.passes <= alone.passes + 3
+    torch.testing.assert_close(together.logits[::2], alone.logits, atol=1e-5, rtol=1e-4)
+    finite = together.states.isfinite().all(-1)
+    # Attention takes 0 times what is not finite into the sums of earlier positions as well.
+    assert finite[::2].all() and not finite[1, where:].any()
+
+
+def test_what_overflows_in_half_precision_is_said():
+    model, ids = contracting(), tokens(1, 40)
+    with torch.no_grad():
+        model.model.language_model.norm.weight.fill_(3e4)
+    assert model(ids).residual <= model.config.tolerance
+    solved = model.to(torch.float16)(ids)
+    assert math.isnan(solved.residual) and solved.passes <= 5 and solved.stepped_from is None
+
+
+def test_a_backbone_whose_weights_are_not_finite_is_refused_for_them():
+    backbone = AutoModelForCausalLM.from_config(text_config("llama"))
+    weights = backbone.state_dict()
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"not finite: model\.layers\.1\.mlp\.up_proj\.weight\. Load"):
+        StatefulGPTForCausalLM.from_backbone(backbone)
+    for name in weights:
+        weights[name].fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight, .* and \d+ more"):
+        StatefulGPTForCausalLM.from_backbone(backbone)
+
+
+def test_a_backbone_that_overflows_is_refused_for_that():
+    backbone = AutoModelForCausalLM.from_config(text_config("llama")).half()
+    backbone.state_dict()["model.layers.0.mlp.down_proj.weight"].fill_(6e4)
+    backbone.state_dict()["model.layers.0.mlp.up_proj.weight"].fill_(6e4)
+    with pytest.raises(ValueError, match=r"overflows in torch\.float16\. Load it with dtype"):
+        StatefulGPTForCausalLM.from_backbone(backbone)

@@ -1,12 +1,14 @@
 """The solvers on a recurrence that is small enough to be written out: the state before, and the mean of all the states
 that the positions so far have read, through a matrix and tanh."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_stateful_gpt.solvers import PATIENCE, cyclic, groups, jacobi, sequential
+from modeling_stateful_gpt.solvers import PATIENCE, cyclic, groups, jacobi, relative_change, sequential
 
 
 class TanhRecurrence:
@@ -175,3 +177,81 @@ def test_passes_without_gradients_come_first(recurrence, without, passes, num_gr
         torch.autograd.grad(h.square().sum(), recurrence.w)[0] for h in (states, solution.pass_hidden_states[-1])
     ]
     close(gradients[1], gradients[0], 1e-9)
+
+
+def spoilt(recurrence, row, position, value=torch.nan):
+    recurrence.x[row, position] = value
+    return recurrence
+
+
+@pytest.mark.parametrize("kind", [TanhRecurrence, WholeTanhRecurrence])
+@pytest.mark.parametrize("solver", [jacobi, cyclic, sequential])
+def test_a_state_that_is_not_finite_is_no_solution(solver, kind):
+    """And nobody goes on to look for one."""
+    recurrence = spoilt(kind(1, 100, gain=0.2), row=0, position=0)
+    solution = solver(recurrence, tolerance=1e-6)
+    assert math.isnan(solution.residual) and solution.passes <= 3
+    assert solution.stepped_from is None or solver is sequential
+    padded = spoilt(kind(1, 100, gain=0.2), row=0, position=99)
+    padded.real[:, 99] = False
+    assert solver(padded, tolerance=1e-6).residual <= 1e-6
+
+
+class OverflowingRecurrence(TanhRecurrence):
+    """Whose states are infinite after one that reaches `limit` `[B, 1, 1]`: in the first pass, nobody knows."""
+
+    def apply(self, positions, before):
+        return super().apply(positions, before).where(before.abs().amax(-1, keepdim=True) < self.limit, torch.inf)
+
+
+@given(
+    st.sampled_from([jacobi, cyclic]),
+    st.booleans(),
+    st.none() | st.integers(0, 99),
+    st.floats(0.2, 1),
+    st.integers(0, 9),
+)
+@settings(max_examples=40)
+def test_a_row_that_is_not_finite_costs_the_others_nothing(solver, has_groups, position, limit, seed):
+    alone, together = (OverflowingRecurrence(batch, 100, gain=0.2, seed=seed) for batch in (1, 2))
+    together.x, together.w = torch.cat([alone.x, alone.x]), alone.w
+    alone.limit = torch.inf
+    together.limit = torch.tensor([torch.inf, limit]).view(2, 1, 1)
+    together.has_groups = alone.has_groups = has_groups
+    if position is not None:
+        spoilt(together, 1, position)
+    expected, solution = solver(alone, tolerance=1e-6), solver(together, tolerance=1e-6)
+    exact = sequential(together).hidden_states
+    lost = ~exact[1].isfinite().all(-1)
+    assert math.isnan(solution.residual) == bool(lost.any())
+    assert solution.stepped_from is None and solution.passes <= expected.passes + 4
+    close(solution.hidden_states[0], exact[0], 1e-5)
+    assert torch.equal(~solution.hidden_states[1].isfinite().all(-1), lost)
+    close(solution.hidden_states[1, ~lost], exact[1, ~lost], 1e-5)
+
+
+class FragileRecurrence(TanhRecurrence):
+    """Not finite as long as what it reads is far from right."""
+
+    def apply(self, positions, before):
+        states = super().apply(positions, before)
+        right = torch.nn.functional.pad(self.right, (0, 0, 1, 0))[:, positions]
+        return states.where((before - right).abs().amax(-1, keepdim=True) < 1e-3, torch.nan)
+
+
+@pytest.mark.parametrize("solver", [jacobi, cyclic])
+def test_a_pass_that_is_not_finite_is_followed_by_others(solver):
+    recurrence = FragileRecurrence(2, 60, gain=1.0)
+    recurrence.right = sequential(TanhRecurrence(2, 60, gain=1.0)).hidden_states
+    solution = solver(recurrence, tolerance=1e-6)
+    assert solution.residual <= 1e-6
+    close(solution.hidden_states, recurrence.right, 1e-5)
+
+
+@given(st.integers(-300, 300))
+def test_what_changes_is_seen_in_states_of_any_size(exponent):
+    """Whose squares are larger, or smaller, than any number."""
+    states = torch.tensor([[[3.0, 4.0]]], dtype=torch.float64) * 10.0**exponent
+    change = relative_change(states, states * 1.5, torch.ones(1, 1, dtype=torch.bool))
+    torch.testing.assert_close(change, torch.tensor([[2 / 12.5**0.5]], dtype=torch.float64))
+    assert relative_change(states * 0, states * 0, torch.ones(1, 1, dtype=torch.bool)) == 0
