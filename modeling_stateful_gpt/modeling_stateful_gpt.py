@@ -107,6 +107,7 @@ class LanguageModelRecurrence:
     ):
         batch, self.length, _ = embeds.shape
         self.model, self.embeds, self.cache, self.kwargs = model, embeds, cache, kwargs
+        self.per_token = per_token(kwargs, batch, self.length)
         if initial_states is not None:
             # What is no number is no guess, either.
             sane = initial_states.isfinite().all(-1, keepdim=True)
@@ -262,7 +263,7 @@ class LanguageModelRecurrence:
             position_ids=self.position_ids[:, positions],
             past_key_values=cache,
             use_cache=cache is not None,
-            **self.kwargs,
+            **{**self.kwargs, **{name: z[:, positions] for name, z in self.per_token.items()}},
         )
         self.output = {name: output.get(name) for name in ("hidden_states", "attentions")}
         # Spread over devices, a model's last layer may be on another one than the embedding, where its states go next.
@@ -333,6 +334,28 @@ class Alignment:
             )
         if output.past_key_values is not None:
             reorder_slots(output.past_key_values, self.inverse)
+
+
+def per_token(kwargs: dict, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """The keywords of a language model that say something of each token, `[B or 1, T, …]`: `token_type_ids`, say. Not
+    those of another sequence, which may be as long (`encoder_hidden_states`).
+
+    Raises:
+        ValueError: for `token_type_ids` (or `mm_token_type_ids`) of another shape.
+    """
+    tensors = {name: z for name, z in kwargs.items() if isinstance(z, torch.Tensor)}
+    for name, z in tensors.items():
+        if name.endswith("token_type_ids") and z.shape not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"{name} is {list(z.shape)}; it must be {[batch, length]}, one for each token that is given now, none "
+                f"for those in the cache."
+            )
+    another = ("encoder_", "cross_attention_")
+    return {
+        name: z
+        for name, z in tensors.items()
+        if z.ndim >= 2 and z.shape[0] in (batch, 1) and z.shape[1] == length and not name.startswith(another)
+    }
 
 
 def in_order(outputs: list[dict], parts: list[slice], length: int) -> dict:
@@ -596,6 +619,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 None if z is None else alignment.align(z)
                 for z in (inputs_embeds, attention_mask, position_ids, initial_states)
             )
+            kwargs |= {name: alignment.align(z) for name, z in per_token(kwargs, *inputs_embeds.shape[:2]).items()}
         kind = TrainingRecurrence if training else LanguageModelRecurrence
         recurrence = kind(self, inputs_embeds, attention_mask, position_ids, past_key_values, initial_states, **kwargs)
         if training:
@@ -684,8 +708,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         solution = self.run_solver(recurrence, solver or self.config.solver, tolerance=tolerance)
         if math.isnan(solution.residual):
             logger.warning_once(
-                "A sequence's hidden states are not finite (NaN or infinite), nor is what follows from them. Look at the "
-                "weights and the inputs; if the model computes in fp16, use bf16 or fp32."
+                "A sequence's hidden states are not finite (NaN or infinite), nor is what follows from them. Look at "
+                "the weights and the inputs; if the model computes in fp16, use bf16 or fp32."
             )
         self.record(recurrence, solution)
         return solution

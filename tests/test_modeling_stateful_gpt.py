@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import (
     BACKBONES,
@@ -42,6 +42,8 @@ from transformers import (
     OpenAIGPTConfig,
     OPTConfig,
     Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.utils import logging
 
@@ -1209,3 +1211,92 @@ def test_a_backbone_that_overflows_is_refused_for_that():
     backbone.state_dict()["model.layers.0.mlp.up_proj.weight"].fill_(6e4)
     with pytest.raises(ValueError, match=r"overflows in torch\.float16\. Load it with dtype"):
         StatefulGPTForCausalLM.from_backbone(backbone)
+
+
+@given(
+    solver=st.sampled_from(list(SOLVERS)),
+    batch=st.sampled_from([(2, 2), (2, 1), (1, 1)]),
+    cut=st.integers(1, 8),
+    pads=st.integers(0, 2),
+)
+@settings(max_examples=15)
+def test_kinds_of_tokens_go_with_their_tokens(solver, batch, cut, pads):
+    """At once, in pieces from a cache, and padded: as stepped token by token."""
+    model, ids, kinds = shared("gpt2"), tokens(batch[0], 9), tokens(batch[1], 9, seed=1)
+    mask = torch.ones_like(ids)
+    mask[1:, :pads] = 0
+    cache, steps = None, []
+    for t in range(9):
+        here = {"attention_mask": mask[:, : t + 1], "token_type_ids": kinds[:, t : t + 1]}
+        out = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True, **here)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    expected, real = torch.cat(steps, 1), mask.bool()
+    whole = model(ids, attention_mask=mask, token_type_ids=kinds, solver=solver, use_cache=False)
+    torch.testing.assert_close(whole.logits[real], expected[real], **tolerance(torch.float64))
+    first = model(
+        ids[:, :cut], attention_mask=mask[:, :cut], token_type_ids=kinds[:, :cut], solver=solver, use_cache=True
+    )
+    rest = model(
+        ids[:, cut:],
+        attention_mask=mask,
+        token_type_ids=kinds[:, cut:],
+        past_key_values=first.past_key_values,
+        solver=solver,
+    )
+    pieces = torch.cat([first.logits, rest.logits], 1)
+    torch.testing.assert_close(pieces[real], expected[real], **tolerance(torch.float64))
+
+
+@pytest.mark.parametrize("training_solver", SOLVERS)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_kinds_of_tokens_train_as_in_backpropagation_through_time(training_solver, checkpointed):
+    model, ids, kinds = stateful("gpt2", training_solver="sequential").train(), tokens(2, 9), tokens(2, 9, seed=1)
+    for module in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        module.p = 0.0
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def loss_and_gradient(**how):
+        loss = model(inputs_embeds=embeds, labels=ids, token_type_ids=kinds, **how).pass_losses[-1]
+        logits = model.model(inputs_embeds=embeds, token_type_ids=kinds, **how).pass_hidden_states[-1]
+        return loss, torch.autograd.grad(logits.square().sum(), embeds)[0]
+
+    expected = loss_and_gradient()
+    model.config.training_solver = training_solver
+    if checkpointed and training_solver != "sequential":
+        model.gradient_checkpointing_enable()
+    found = loss_and_gradient(**({} if training_solver == "sequential" else {"num_passes": 9}))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance(torch.float64))
+    assert not torch.equal(found[0], model(inputs_embeds=embeds, labels=ids).pass_losses[-1])
+
+
+def test_what_is_of_another_sequence_is_not_cut():
+    """Though it is as long."""
+    config = GPT2Config(**{**text_config("gpt2").to_dict(), "add_cross_attention": True})
+    torch.manual_seed(0)
+    model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config, tolerance=0.0)).double().eval()
+    ids, other = tokens(2, 9), torch.randn(2, 9, 32, dtype=torch.float64)
+    expected = model(ids, encoder_hidden_states=other, solver="jacobi", use_cache=False).logits
+    stepped = model(ids, encoder_hidden_states=other, solver="sequential", use_cache=False).logits
+    torch.testing.assert_close(stepped, expected, **tolerance(torch.float64))
+
+
+def test_kinds_of_tokens_are_for_the_new_tokens_alone():
+    model, ids = shared("gpt2"), tokens(2, 9)
+    cache = model(ids[:, :5], token_type_ids=ids[:, :5], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"token_type_ids is \[2, 9\]; it must be \[2, 4\]"):
+        model(ids[:, 5:], token_type_ids=ids, past_key_values=cache)
+    assert cache.get_seq_length() == 5
+
+
+def test_trainer_passes_kinds_of_tokens(tmp_path):
+    model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=text_config("gpt2")))
+    row = {"input_ids": [1, 2, 3, 4, 5, 6], "token_type_ids": [0, 0, 0, 1, 1, 1], "labels": [1, 2, 3, 4, 5, 6]}
+    arguments = TrainingArguments(
+        str(tmp_path), remove_unused_columns=False, max_steps=2, report_to="none", use_cpu=True, eval_strategy="steps",
+        eval_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=[row] * 4, eval_dataset=[row] * 2)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from data import byte_tokenizer
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
