@@ -3,6 +3,18 @@
 Importing this package registers its models with transformers' Auto classes.
 """
 
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
 from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import StatefulGPTConfig
 from .conversion import convert_gateloop_transformer, convert_simple_gate_loop_layer
@@ -37,3 +49,38 @@ __all__ = [
     "convert_gateloop_transformer",
     "convert_simple_gate_loop_layer",
 ]
+
+
+def register(config_class: type[PreTrainedConfig], models: dict[Any, type[PreTrainedModel]]) -> None:
+    """Makes the Auto classes know a configuration and its models, as they know transformers' own: with
+    `trust_remote_code=True`, the code beside a checkpoint's weights comes first."""
+
+    def make(cls, *args, **kwargs) -> PreTrainedConfig:
+        return config_class(*args, **kwargs)
+
+    # For AutoConfig, a registered class comes first even where a checkpoint's code is trusted, unless its module is in
+    # transformers. So a stand-in is registered that says so, and makes instances of the real class.
+    stand_in = type(config_class.__name__, (config_class,), {"__module__": AutoConfig.__module__, "__new__": make})
+    AutoConfig.register(config_class.model_type, stand_in, exist_ok=True)
+    for auto_class, model_class in models.items():
+        auto_class.register(config_class, model_class, exist_ok=True)
+
+
+register(
+    GateLoopConfig,
+    {
+        AutoModel: GateLoopModel,
+        AutoModelForCausalLM: GateLoopForCausalLM,
+        AutoModelForSequenceClassification: GateLoopForSequenceClassification,
+        AutoModelForTokenClassification: GateLoopForTokenClassification,
+    },
+)
+register(
+    StatefulGPTConfig,
+    {
+        AutoModel: StatefulGPTModel,
+        AutoModelForCausalLM: StatefulGPTForCausalLM,
+        AutoModelForSequenceClassification: StatefulGPTForSequenceClassification,
+        AutoModelForTokenClassification: StatefulGPTForTokenClassification,
+    },
+)

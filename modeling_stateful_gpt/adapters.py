@@ -12,7 +12,7 @@ def write_gateloop_rows(model_type: str) -> None:
     """Those of Llama, as the projections have the same names; only the norms have others."""
     for name, table in tables().items():
         if "llama" in table:
-            table.setdefault(model_type, ["mixer_norm", "mlp_norm", "norm"] if "LNTUNING" in name else table["llama"])
+            table[model_type] = ["mixer_norm", "mlp_norm", "norm"] if "LNTUNING" in name else table["llama"]
 
 
 def write_stateful_rows(model_type: str, text_model_type: str, fusion: list[str]) -> None:

@@ -271,7 +271,8 @@ STATIC_LAYER_TYPE_MAPPING.update(RECURRENT_LAYERS)
 
 
 def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
-    """Gives a cache that was made without a configuration, and is empty, the layers that `config` asks for.
+    """Gives a cache that was made without a configuration, and is empty, the layers that `config` asks for. Empty
+    layers with a state become those of the same code: transformers makes them from the code that was imported last.
 
     Raises:
         ValueError: for a cache with keys and values where the model has a layer with a state.
@@ -280,13 +281,18 @@ def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
         cache.layers = DynamicCache(config=config).layers
     layer_types = getattr(config, "layer_types", None) or []
     for number, (layer_type, layer) in enumerate(zip(layer_types, cache.layers, strict=False)):
+        if layer_type not in RECURRENT_LAYERS:
+            continue
         # Not isinstance: loaded as remote code, this file may be imported twice.
-        if layer_type in RECURRENT_LAYERS and getattr(layer, "_layer_type", None) != layer_type:
+        if getattr(layer, "_layer_type", None) != layer_type:
             raise ValueError(
                 f"The cache holds keys and values for layer {number}, a {layer_type} layer, whose past is a state. "
                 f"Make it by DynamicCache(config=model.config). A prefix of keys and values (PrefixTuningConfig) "
                 f"cannot be given to such a model; PromptTuningConfig, PromptEncoderConfig and LoraConfig can."
             )
+        if type(layer) is not RECURRENT_LAYERS[layer_type] and layer.get_seq_length() == 0:
+            cache.layers[number] = RECURRENT_LAYERS[layer_type]()
+            cache.layers[number].record_past = layer.record_past
 
 
 def last_hidden_state_layer(cache: Cache, text_config: PreTrainedConfig) -> LastHiddenStateLayer:

@@ -1,10 +1,17 @@
 """The decoder's configuration: the usual fields under their usual names, and one token mixer per layer."""
 
+from typing import TYPE_CHECKING
+
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig, configuration_utils
+from transformers import PreTrainedConfig, configuration_utils
 from transformers.modeling_rope_utils import RopeParameters
 
 from .adapters import write_gateloop_rows
+
+if TYPE_CHECKING:
+    # Transformers imports a folder's code under the folder's name and a hash of the files it finds imported. With this
+    # line, folders of the same name whose models differ do not share a configuration, for which it knows one model.
+    from .modeling_gateloop import GateLoopModel  # noqa: F401
 
 
 @strict
@@ -126,5 +133,4 @@ class GateLoopConfig(PreTrainedConfig):
 for layer_type in ("gateloop", "reversible", "rwkv"):
     if layer_type not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
         configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (layer_type,)
-AutoConfig.register("gateloop", GateLoopConfig, exist_ok=True)
 GateLoopConfig.register_for_auto_class()

@@ -1,6 +1,6 @@
 """The configuration of Stateful GPT: a language model's own configuration, and how its state is fed back."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -11,12 +11,23 @@ from .configuration_gateloop import GateLoopConfig
 from .feedback import FUSIONS, linear_layers
 from .solvers import SOLVERS
 
+if TYPE_CHECKING:
+    from .modeling_stateful_gpt import StatefulGPTModel  # noqa: F401 (as in configuration_gateloop.py)
+
 DECODE_MODES = {
     "no_feedback": "the language model alone, in generation too",
     "plain_prompt": "one plain pass over the prompt; what is generated has feedback",
     "passes": "a fixed number of passes over the prompt",
     "solved": "the recurrence, solved: what stepping gives, however the prompt is cut",
 }
+
+
+class TextConfigSpec(SubConfigSpec):
+    """Any configuration that `AutoConfig` knows. A `GateLoopConfig` is always that of the same code: `AutoConfig` may
+    know another copy of it, or none."""
+
+    def get_config_class(self, model_type: str | None = None) -> type[PreTrainedConfig]:
+        return GateLoopConfig if model_type == GateLoopConfig.model_type else super().get_config_class(model_type)
 
 
 @strict
@@ -55,7 +66,7 @@ class StatefulGPTConfig(PreTrainedConfig):
     """
 
     model_type = "stateful_gpt"
-    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type=GateLoopConfig.model_type)}
+    sub_configs_defaults = {"text_config": TextConfigSpec(AutoConfig, model_type=GateLoopConfig.model_type)}
     keys_to_ignore_at_inference = ["past_key_values", "pass_losses", "passes", "residual", "stepped_from", "states"]
 
     # Any: `__post_init__` turns a dict or None into the configuration it stands for.
@@ -158,5 +169,4 @@ for _name in (
     setattr(StatefulGPTConfig, _name, _read_through(_name))
 
 
-AutoConfig.register("stateful_gpt", StatefulGPTConfig, exist_ok=True)
 StatefulGPTConfig.register_for_auto_class()

@@ -23,6 +23,7 @@ forward-mode derivatives. What does not fit together raises a ValueError.
 """
 
 import functools
+import re
 from collections.abc import Callable
 
 import torch
@@ -272,8 +273,13 @@ def turned_back(state: torch.Tensor, phase: torch.Tensor | None) -> torch.Tensor
     return torch.complex(real, -minus_imag) * turn[..., None, None]
 
 
+NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
+"""Of the operators below. Each copy of this file, beside a checkpoint, needs one of its own: torch destroys an operator
+when another of the same name is defined."""
+
+
 # An operator of its own, so that compilers need not unroll its loops.
-@torch.library.custom_op("stateful_gpt::linear_scan", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_scan", mutates_args=())
 def linear_scan(a: torch.Tensor, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
     """h_t = a_t h_{t-1} + x_t, elementwise.
 
@@ -291,7 +297,7 @@ def _(a, x, initial):
     return torch.empty_like(x, dtype=a.dtype, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("stateful_gpt::linear_scan_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_scan_backward", mutates_args=())
 def linear_scan_backward(
     grad: torch.Tensor, a: torch.Tensor, initial: torch.Tensor, h: torch.Tensor, x_is_real: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

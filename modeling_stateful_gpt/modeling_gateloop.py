@@ -11,10 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     Cache,
     DynamicCache,
     PreTrainedConfig,
@@ -735,38 +731,46 @@ class GateLoopForCausalLM(RecurrentGenerationMixin, GateLoopPreTrainedModel):
         )
 
 
-class ClassificationHead:
-    """What transformers' classification heads, which look their base model up in `AutoModel`, need to be told."""
+class SequenceClassificationHead(GenericForSequenceClassification):
+    """Transformers' head on a base model of the same code: `AutoModel`, where it looks its base model up, may know
+    another copy of the code, or none."""
 
     base_model_class: type[PreTrainedModel]
 
     def __init__(self, config: PreTrainedConfig):
-        # Loaded as remote code, this file may be imported twice, and `AutoModel` not know this copy's config.
-        AutoModel.register(type(config), self.base_model_class, exist_ok=True)
-        super().__init__(config)  # type: ignore[call-arg]
+        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+        self.num_labels = config.num_labels
+        self.model = self.base_model_class(config)
+        self.score = nn.Linear(config.get_text_config().hidden_size, config.num_labels, bias=False)
+        self.post_init()  # type: ignore[attr-defined]
 
 
-class GateLoopForSequenceClassification(ClassificationHead, GenericForSequenceClassification, GateLoopPreTrainedModel):
+class TokenClassificationHead(GenericForTokenClassification):
+    """The same for the label of each token."""
+
+    base_model_class: type[PreTrainedModel]
+
+    def __init__(self, config: PreTrainedConfig):
+        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+        self.num_labels = config.num_labels
+        self.model = self.base_model_class(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(getattr(config, "hidden_dropout", 0.1) if dropout is None else dropout)
+        self.score = nn.Linear(config.get_text_config().hidden_size, config.num_labels)
+        self.post_init()  # type: ignore[attr-defined]
+
+
+class GateLoopForSequenceClassification(SequenceClassificationHead, GateLoopPreTrainedModel):
     base_model_class = GateLoopModel
 
 
-class GateLoopForTokenClassification(ClassificationHead, GenericForTokenClassification, GateLoopPreTrainedModel):
+class GateLoopForTokenClassification(TokenClassificationHead, GateLoopPreTrainedModel):
     base_model_class = GateLoopModel
 
 
-def register(config_class: type[PreTrainedConfig], models: dict[Any, type[PreTrainedModel]]) -> None:
-    """Makes each Auto class know its model, and `save_pretrained` copy the code of each."""
-    for auto, model in models.items():
-        auto.register(config_class, model, exist_ok=True)
-        model.register_for_auto_class(auto.__name__)
-
-
-register(
-    GateLoopConfig,
-    {
-        AutoModel: GateLoopModel,
-        AutoModelForCausalLM: GateLoopForCausalLM,
-        AutoModelForSequenceClassification: GateLoopForSequenceClassification,
-        AutoModelForTokenClassification: GateLoopForTokenClassification,
-    },
-)
+# For saving to copy the code. The Auto classes know what the package registers; a checkpoint's own code registers
+# nothing, or the next checkpoint would be taken for one of the same code.
+GateLoopModel.register_for_auto_class("AutoModel")
+GateLoopForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+GateLoopForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+GateLoopForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

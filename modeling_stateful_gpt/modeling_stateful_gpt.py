@@ -19,15 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     Cache,
     DynamicCache,
     PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
-from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging
@@ -49,13 +46,13 @@ from .feedback import FUSIONS, FusionLinear
 from .generation_stateful_gpt import StatefulGenerationMixin
 from .hub import HubModel
 from .modeling_gateloop import (
-    ClassificationHead,
     GateLoopModel,
+    SequenceClassificationHead,
+    TokenClassificationHead,
     check_inputs,
     default_position_ids,
     embed_tokens,
     look_up,
-    register,
 )
 from .solvers import SOLVERS, Solution, State, groups, relative_change, sequential
 
@@ -528,7 +525,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
     def __init__(self, config: StatefulGPTConfig):
         super().__init__(config)
         if config.text_config.model_type == GateLoopConfig.model_type:
-            # Loaded as remote code, this file may be imported twice, and the Auto classes not know this copy's config.
+            # Always that of the same code: the Auto classes may know another copy of it, or none.
             self.language_model: PreTrainedModel = GateLoopModel(config.text_config)
         else:
             self.language_model = AutoModel.from_config(config.text_config)
@@ -941,22 +938,15 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
         )
 
 
-class StatefulGPTForSequenceClassification(
-    ClassificationHead, GenericForSequenceClassification, StatefulGPTPreTrainedModel
-):
+class StatefulGPTForSequenceClassification(SequenceClassificationHead, StatefulGPTPreTrainedModel):
     base_model_class = StatefulGPTModel
 
 
-class StatefulGPTForTokenClassification(ClassificationHead, GenericForTokenClassification, StatefulGPTPreTrainedModel):
+class StatefulGPTForTokenClassification(TokenClassificationHead, StatefulGPTPreTrainedModel):
     base_model_class = StatefulGPTModel
 
 
-register(
-    StatefulGPTConfig,
-    {
-        AutoModel: StatefulGPTModel,
-        AutoModelForCausalLM: StatefulGPTForCausalLM,
-        AutoModelForSequenceClassification: StatefulGPTForSequenceClassification,
-        AutoModelForTokenClassification: StatefulGPTForTokenClassification,
-    },
-)
+StatefulGPTModel.register_for_auto_class("AutoModel")
+StatefulGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+StatefulGPTForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+StatefulGPTForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

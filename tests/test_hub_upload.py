@@ -522,3 +522,18 @@ def test_an_adapter_is_published_for_a_published_base(hub, tmp_path):
     logits = torch.tensor(json.loads(in_a_fresh_process(hub, tmp_path, WITH_ADAPTER).splitlines()[-1]))
     torch.testing.assert_close(logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits, learned("stateful")(IDS).logits, atol=1e-2)
+
+
+def test_two_tags_of_one_repository_run_their_own_code_in_one_process(hub, checkpoint):
+    model, api = StatefulGPTForCausalLM.from_pretrained(checkpoint), HfApi(endpoint=hub.url, token="hf_test")
+    for tag, sign in (("v1", ""), ("v2", "-")):
+        model.save_pretrained(checkpoint)
+        file = checkpoint / "modeling_stateful_gpt.py"
+        file.write_text(file.read_text().replace("logits = self.lm_head(", f"logits = {sign}self.lm_head("))
+        api.create_repo("me/mine", exist_ok=True)
+        api.upload_folder(repo_id="me/mine", folder_path=checkpoint)
+        api.create_tag("me/mine", tag=tag)
+    expected = model(IDS).logits
+    for tag, sign in (("v1", 1), ("v2", -1), ("v1", 1)):
+        loaded = AutoModelForCausalLM.from_pretrained("me/mine", revision=tag, trust_remote_code=True)
+        torch.testing.assert_close(loaded(IDS).logits, sign * expected)

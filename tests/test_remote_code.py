@@ -6,9 +6,20 @@ import sys
 
 import pytest
 import torch
+import transformers
 from data import byte_tokenizer
-from tiny import BACKBONES, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, pipeline
+from safetensors.torch import load_file, save_file
+from tiny import BACKBONES, VOCAB, tokens
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    pipeline,
+)
 
 from modeling_stateful_gpt import (
     GateLoopConfig,
@@ -132,3 +143,119 @@ def test_a_configuration_survives_saving(backbone, tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
     assert type(loaded.text_config) is type(config.text_config)
+
+
+AUTO_CLASSES = [
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+]
+TRUSTED = {"trust_remote_code": True}
+
+
+@pytest.fixture(params=[False, True], ids=["package unknown", "package imported"])
+def auto_classes(request, monkeypatch):
+    """The Auto classes with what importing the package registers, or as where it was never imported."""
+    for mapping in (CONFIG_MAPPING, *(getattr(transformers, name)._model_mapping for name in AUTO_CLASSES)):
+        registered = mapping._extra_content.items() if request.param else ()
+        monkeypatch.setattr(mapping, "_extra_content", dict(registered))
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": VOCAB, "num_attention_heads": 2, "pad_token_id": 0}
+REVISED = {
+    "gateloop": lambda: GateLoopForCausalLM(GateLoopConfig(**TINY, layer_types=["gateloop", "full_attention"])),
+    "stateful": lambda: StatefulGPTForCausalLM(StatefulGPTConfig(text_config=GateLoopConfig(**TINY))),
+    "stateful around llama": lambda: StatefulGPTForCausalLM(
+        StatefulGPTConfig(text_config=LlamaConfig(**TINY, intermediate_size=16))
+    ),
+}
+
+
+def save_revision(model, folder, revision):
+    """Saves a model, and beside it the code of a revision of its own: base models have one parameter more, which has
+    been trained to 1."""
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for path, module in model.named_modules():
+        if isinstance(module, (GateLoopModel, StatefulGPTModel)):
+            weights[f"{path}.{revision}"] = torch.ones(2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in folder.glob("modeling_*.py"):
+        add_line(file, "self.gradient_checkpointing = False", f"self.{revision} = nn.Parameter(torch.zeros(2))")
+    return folder
+
+
+def add_line(file, line, further):
+    before, after = file.read_text().split(line)
+    indent = before.rsplit("\n")[-1]
+    file.write_text(f"{before}{line}\n{indent}{further}{after}")
+
+
+def revisions(model):
+    """Those whose trained parameters the model has."""
+    return {name.split(".")[-1] for name, parameter in model.named_parameters() if parameter.tolist() == [1, 1]}
+
+
+def two_revisions(name, tmp_path):
+    # Folders of two runs may have the same name, as checkpoint-100 does.
+    return {
+        revision: save_revision(REVISED[name](), tmp_path / revision / tmp_path.name, revision)
+        for revision in ("old", "new")
+    }
+
+
+@pytest.mark.parametrize("name", REVISED)
+@pytest.mark.parametrize("order", [("old", "new"), ("new", "old")], ids=" then ".join)
+def test_each_checkpoint_runs_the_code_beside_its_weights(name, order, auto_classes, tmp_path):
+    folders = two_revisions(name, tmp_path)
+    between = save_revision(REVISED["gateloop"](), tmp_path / f"{tmp_path.name}-between", "between")
+    for revision in (*order, *order):
+        for auto_class in AUTO_CLASSES:
+            model = getattr(transformers, auto_class).from_pretrained(folders[revision], **TRUSTED)
+            assert revisions(model) == {revision}
+        assert revisions(AutoModelForCausalLM.from_pretrained(between, **TRUSTED)) == {"between"}
+
+
+@pytest.mark.parametrize("name", REVISED)
+def test_what_is_made_of_a_revision_is_of_that_revision(name, auto_classes, tmp_path):
+    folders = two_revisions(name, tmp_path)
+    models = {revision: AutoModelForCausalLM.from_pretrained(folders[revision], **TRUSTED) for revision in folders}
+    for revision, model in models.items():
+        model.save_pretrained(tmp_path / f"{tmp_path.name}-again")
+        byte_tokenizer().save_pretrained(tmp_path / f"{tmp_path.name}-again")
+        generator = pipeline("text-generation", model=str(tmp_path / f"{tmp_path.name}-again"), **TRUSTED)
+        assert revisions(generator.model) == {revision}
+        config = AutoConfig.from_pretrained(folders[revision], **TRUSTED)
+        assert hasattr(AutoModelForCausalLM.from_config(config, **TRUSTED).model, revision)
+
+
+@pytest.mark.parametrize("name", ["gateloop", "stateful"])
+def test_each_checkpoint_has_the_configuration_beside_its_weights(name, auto_classes, tmp_path):
+    folders = two_revisions(name, tmp_path)
+    for number, folder in enumerate(folders.values()):
+        add_line(folder / "configuration_gateloop.py", 'model_type = "gateloop"', f"number: int = {number}")
+    seen = [AutoConfig.from_pretrained(folder, **TRUSTED).get_text_config().number for folder in folders.values()]
+    assert seen == [0, 1]
+
+
+def test_loading_a_revision_changes_nothing_for_a_model_that_is_there(auto_classes, tmp_path):
+    folders, ids = two_revisions("gateloop", tmp_path), tokens(2, 70)
+    # The new revision has another operator, and another cache layer.
+    add_line(folders["new"] / "gate_loop.py", "scan_into(h, a, x.to(a.dtype), initial)", "h.mul_(2)")
+    add_line(folders["new"] / "cache.py", "y, self.state = recur(self.state, **inputs)", "y = -y")
+
+    def outcome(model):
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        with_cache = model(ids, use_cache=True).logits
+        return with_cache, *(parameter.grad for parameter in model.model.layers[0].mixer.parameters())
+
+    ours = REVISED["gateloop"]()
+    old = AutoModelForCausalLM.from_pretrained(folders["old"], **TRUSTED)
+    before = [outcome(model) for model in (ours, old)]
+    new = AutoModelForCausalLM.from_pretrained(folders["new"], **TRUSTED)
+    for model, expected in zip((ours, old), before, strict=True):
+        torch.testing.assert_close(outcome(model), expected, atol=0, rtol=0)
+    new.load_state_dict(old.state_dict(), strict=False)
+    assert (new(ids, use_cache=True).logits - old(ids, use_cache=True).logits).abs().max() > 1e-3
