@@ -686,7 +686,19 @@ class GateLoopModel(GateLoopPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class GateLoopForCausalLM(RecurrentGenerationMixin, GateLoopPreTrainedModel):
+class NextTokenLabels:
+    """Has Trainer shift the labels that it smooths: token by token they are those of the next position. It does so for
+    the causal language models in a table of its own, where it looks up what `_get_name` says."""
+
+    def _get_name(self) -> str:
+        return "LlamaForCausalLM"
+
+    def __repr__(self) -> str:
+        # Which otherwise begins with that name.
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+
+class GateLoopForCausalLM(NextTokenLabels, RecurrentGenerationMixin, GateLoopPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GateLoopConfig):

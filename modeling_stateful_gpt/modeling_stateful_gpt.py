@@ -47,6 +47,7 @@ from .generation_stateful_gpt import StatefulGenerationMixin
 from .hub import HubModel
 from .modeling_gateloop import (
     GateLoopModel,
+    NextTokenLabels,
     SequenceClassificationHead,
     TokenClassificationHead,
     check_inputs,
@@ -822,7 +823,7 @@ def one_pass(hidden_states: torch.Tensor) -> Solution:
     return Solution(hidden_states, passes=1, pass_hidden_states=(hidden_states,))
 
 
-class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel):
+class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulGPTPreTrainedModel):
     def __init__(self, config: StatefulGPTConfig):
         super().__init__(config)
         self.model = StatefulGPTModel(config)
@@ -903,7 +904,12 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
         **kwargs,
     ) -> StatefulGPTCausalLMOutputWithPast:
         """`labels` `[B, T]` are the `input_ids` themselves (they are shifted here), −100 where there is no loss. The
-        other arguments are those of `StatefulGPTModel.forward`."""
+        other arguments are those of `StatefulGPTModel.forward`.
+
+        In training, `loss` is the mean over all passes, and `logits` are those of the last. Without labels, `logits`
+        are at each position those of a pass drawn at random. So a loss that is computed from them, as Trainer does for
+        `label_smoothing_factor` and `compute_loss_func`, is on average the mean over all passes, too.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -920,7 +926,7 @@ class StatefulGPTForCausalLM(StatefulGenerationMixin, StatefulGPTPreTrainedModel
         every_pass = outputs.pass_hidden_states if labels is not None else None
         last_pass = outputs.pass_hidden_states[-1] if outputs.pass_hidden_states else outputs.last_hidden_state
         losses = []
-        for hidden_states in every_pass or (last_pass,):
+        for hidden_states in every_pass or (outputs.last_hidden_state,):
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
             if labels is not None:
                 losses.append(self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs))

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import pytest
@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     GPT2Config,
@@ -36,6 +37,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
 
@@ -187,6 +189,70 @@ def test_the_loss_of_an_sft_batch_is_that_of_stepping_through_its_documents(name
     with torch.no_grad():
         assert trainer.compute_loss(model.eval(), dict(batch)).item() == pytest.approx(expected, abs=1e-4)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def smoothed_loss(model, batch):
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return LabelSmoother(0.3)(model(**inputs, use_cache=False), batch["labels"], shift_labels=True)
+
+
+def smoothing_trainer(model, folder, **more):
+    arguments = TrainingArguments(folder, label_smoothing_factor=0.3, use_cpu=True, report_to="none", disable_tqdm=True)
+    examples = [chat_tokenizer()(prompt(question)) for question in CHATS]
+    collator = DataCollatorForLanguageModeling(chat_tokenizer(), mlm=False)
+    return Trainer(model, arguments, collator, train_dataset=examples, eval_dataset=examples, **more)
+
+
+@pytest.mark.parametrize("kind", ["local", "subclass", "remote", "adapted"])
+@pytest.mark.parametrize("name", OURS)
+@torch.no_grad()
+def test_trainer_smooths_the_labels_of_the_next_tokens(name, kind, tmp_path):
+    model = small(name)
+    if name == "stateful":
+        model.config.num_passes = 1
+    if kind == "subclass":
+        model.__class__ = type("Mine", (type(model),), {})
+    elif kind == "remote":
+        model = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / name), trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules.")
+    elif kind == "adapted":
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0))
+    trainer = smoothing_trainer(model, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = smoothed_loss(model.train(), batch).item()
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected, abs=1e-5)
+    expected = smoothed_loss(model.eval(), batch).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_is_shown_under_its_own_name():
+    assert str(small("stateful")).startswith("StatefulGPTForCausalLM(\n  (model): StatefulGPTModel(\n")
+    assert str(small("hybrid")).startswith("GateLoopForCausalLM(\n  (model): GateLoopModel(\n")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        smoothing_trainer,
+        partial(smoothing_trainer, compute_loss_func=partial(LabelSmoother(0.3), shift_labels=True)),
+        partial(sft_trainer, label_smoothing_factor=0.3),
+    ],
+    ids=["Trainer", "compute_loss_func", "SFTTrainer"],
+)
+def test_a_loss_from_the_logits_trains_on_average_every_pass(make, tmp_path):
+    model = copy.deepcopy(learned("stateful")).train()
+    trainer = make(model, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        for parameter in model.model.feedback.parameters():
+            parameter.mul_(2)  # it has learned the chats for any number of passes; now their losses differ
+        states = model.model(batch["input_ids"], batch["attention_mask"], use_cache=False).pass_hidden_states
+        passes = [LabelSmoother(0.3)([model.lm_head(h)], batch["labels"], shift_labels=True) for h in states]
+        mean = torch.stack(passes).mean()
+        drawn = torch.stack([trainer.compute_loss(model, dict(batch)) for _ in range(64)])
+    assert abs(passes[-1] - mean) > 0.3
+    torch.testing.assert_close(drawn.mean(), mean, rtol=0, atol=0.05)
 
 
 @PADDED_AND_PACKED

@@ -54,6 +54,7 @@ from train import (
 )
 from train import main as train_main
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
 from warm_start import collate
 
 ROOT = Path(__file__).parent.parent
@@ -155,6 +156,27 @@ def test_a_step_for_each_pass_is_that_of_a_loop_over_the_passes(max_norm, text_f
             states = outputs.states.detach()
     for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset,compiled", [("stateful", False), ("gpt", True)])
+@torch.compiler.set_stance("force_eager")  # to compile would take long, and to Trainer it looks the same
+@torch.no_grad()
+def test_labels_are_smoothed_over_the_next_tokens(preset, compiled, text_files, tmp_path):
+    given = parse(options(text_files, tmp_path / "run", f"--preset={preset}", "--label_smoothing_factor=0.3"))
+    data = prepare_data(given[1])
+    few = data.validation.select(range(4))
+    model = build_model(given[0], given[1], data.tokenizer, 7)
+    trainer = make_trainer(
+        given[0], given[1], data, model=model, args=given[2], eval_dataset=few, data_collator=collate
+    )
+    batch = collate([*few])
+    if compiled:
+        model = torch.compile(model)
+    for training in (True, False):
+        logits = model.train(training)(batch["input_ids"]).logits
+        expected = LabelSmoother(0.3)([logits], batch["labels"], shift_labels=True)
+        torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("more", ["--random_offsets=true", "--gradient_accumulation_steps=2", "--warm_start=true"])

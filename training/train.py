@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -359,10 +360,15 @@ class SteppingTrainer(Trainer):
     what each evaluation has cost: the tokens and `train_seconds` of this run and, `before`, of those it goes on from.
     """
 
+    label_smoother: Callable | None
+
     def __init__(self, *args, before: dict[str, float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.before = before or {"tokens": 0, "seconds": 0.0}
         self.add_callback(TrainingClock(self.args.max_seconds))
+        if self.label_smoother is not None:
+            # Compiled, a model is none of those for which Trainer shifts the labels.
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)
 
     @property
     def clock(self) -> TrainingClock:
