@@ -649,6 +649,16 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         fixed = training or num_passes is not None or (decode_mode or self.config.decode_mode) == "passes"
         return fixed and num_passes != 1 and (solver or self.config.training_solver) == "cyclic"
 
+    def _replicate_for_data_parallel(self) -> "StatefulGPTModel":
+        # It cannot gather numbers such as `passes` from the replicas, nor the state's layer of the cache.
+        if self.feedback is not None:
+            raise NotImplementedError(
+                "Stateful GPT cannot be run by nn.DataParallel, which Trainer takes where it sees several GPUs in one "
+                "process. Start a process for each GPU (accelerate launch … or torchrun --nproc_per_node=… …), or let "
+                "the process see one GPU alone (CUDA_VISIBLE_DEVICES=0)."
+            )
+        return super()._replicate_for_data_parallel()
+
     def train_passes(self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str) -> Solution:
         num_no_grad_passes = self.config.num_no_grad_passes if num_passes is None else 0
         num_passes = num_passes or self.draw_num_passes()

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from train import parse, train
 from transformers import AutoModelForCausalLM
 
+from modeling_stateful_gpt import StatefulGPTForTokenClassification
+
 TESTS = Path(__file__).parent
 TRAINING = TESTS.parent / "training"
 
@@ -254,3 +256,49 @@ def test_a_model_in_bf16_learns_generates_and_is_saved_as_such(name, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
     out = model.eval().generate(ids, max_new_tokens=8, do_sample=False)
     assert out.shape == (2, 24) and torch.equal(out, again.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+class TwoReplicas(torch.nn.DataParallel):
+    """On two devices that are both the CPU, one after the other."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        self.device_ids, self.output_device, self.src_device_obj = [0, 1], 0, torch.device("cpu")
+        self.dim = 0
+
+    def parallel_apply(self, replicas, inputs, kwargs):
+        return [replica(*args, **named) for replica, args, named in zip(replicas, inputs, kwargs, strict=True)]
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """What nn.DataParallel does between GPUs, on the CPU."""
+    replicate, gather = (sys.modules[f"torch.nn.parallel.{name}"] for name in ("replicate", "scatter_gather"))
+
+    def copies(tensors, devices, detach=False):
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(gather.Scatter, "apply", lambda devices, _, dim, whole: whole.chunk(len(devices), dim))
+    monkeypatch.setattr(gather.Gather, "apply", lambda _, dim, *parts: torch.cat([torch.atleast_1d(p) for p in parts]))
+
+
+def test_data_parallel_refuses_stateful_gpt(two_devices):
+    model = stateful("llama")
+    for refused in (model, model.model, StatefulGPTForTokenClassification(model.config)):
+        with pytest.raises(NotImplementedError, match="accelerate launch"):
+            TwoReplicas(refused.train())(input_ids=tokens(4, 6))
+
+
+@pytest.mark.parametrize("model", [lambda: hybrid(), lambda: stateful("llama", feedback=None)], ids=["hybrid", "plain"])
+def test_data_parallel_computes_the_same_without_feedback(model, two_devices):
+    model, ids = model().train(), tokens(4, 6)
+    whole, parts = model(ids, labels=ids), TwoReplicas(model)(input_ids=ids, labels=ids)
+    torch.testing.assert_close(parts.logits, whole.logits)
+    torch.testing.assert_close(parts.loss.mean(), whole.loss)
+    parts.loss.mean().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    whole.loss.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], gradients)
