@@ -32,12 +32,6 @@ FRACTION_BITS = 30
 GATE_BITS = 10
 """Of the gates by which a state is multiplied: the longest horizon but "for ever" is 1,024 steps."""
 
-# Tensors, as an operation with a number takes twice as long; on the CPU, on whatever device this file is imported.
-ONE, FRACTION_SCALE, GATE_SCALE = torch.tensor([1.0, 2.0**FRACTION_BITS, 2.0**GATE_BITS], device="cpu")
-RESOLUTION = {
-    dtype: torch.tensor(2.0**-FRACTION_BITS, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)
-}
-
 WORD_BITS = 32
 FULL = 1 << 53
 """What has been lost is written into a buffer as the digits of a number (the coder rANS of Duda 2013, arXiv 1311.2540).
@@ -106,16 +100,16 @@ def undo_renormalize(buffers: torch.Tensor, words: Words) -> torch.Tensor:
 
 def fixed_point(x: torch.Tensor) -> torch.Tensor:
     """`x`, smaller than 2^33, as int64 multiples of 2^-`FRACTION_BITS`."""
-    return torch.mul(x, FRACTION_SCALE).round_().long()
+    return torch.mul(x, 2.0**FRACTION_BITS).round_().long()
 
 
 def floating_point(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.mul(values, RESOLUTION[dtype])
+    return values.to(dtype).mul_(2.0**-FRACTION_BITS)
 
 
 def gate(z: torch.Tensor) -> torch.Tensor:
     """`z`, from 0 to 1, as int64 multiples of 2^-`GATE_BITS`, at least one."""
-    return torch.mul(z, GATE_SCALE).round_().long().clamp_(min=1)
+    return torch.mul(z, 2.0**GATE_BITS).round_().long().clamp_(min=1)
 
 
 Rows = tuple[torch.Tensor, ...]
@@ -250,7 +244,7 @@ FORMS: dict[str, type[Additive] | type[Forgetting]] = {"additive": Additive, "fo
 def soften(s: torch.Tensor) -> torch.Tensor:
     """`s / √(1 + mean s²)`: what `f1` and `f2` see of a half, `[..., S]`, so that a sum that grows does not drown x."""
     size = torch.linalg.vector_norm(s, dim=-1, keepdim=True) * s.shape[-1] ** -0.5
-    return s / torch.hypot(size, ONE)
+    return s / torch.hypot(size, torch.ones_like(size))
 
 
 def soften_backward(s: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,10 @@
 """The reversible cell: undone bit for bit, and its gradients are those of plain backpropagation through time."""
 
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +12,7 @@ from hypothesis import strategies as st
 from rwkv import by_a_scan
 from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
+from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM
 from modeling_stateful_gpt.reversible import (
     FORMS,
     GATE_BITS,
@@ -351,3 +357,57 @@ def test_the_scan_by_which_transformers_rwkv_is_trained_is_its_loop(length):
         found.append([wkv.detach(), inputs.grad, *(p.grad for p in made.parameters())])
         made.zero_grad()
     same(*found)
+
+
+IMPORTED_IN_ANOTHER_MODE = """
+import sys, torch
+torch.set_default_dtype(torch.float16)
+with torch.inference_mode():
+    import modeling_stateful_gpt
+torch.set_default_dtype(torch.float32)
+from modeling_stateful_gpt import GateLoopForCausalLM
+for folder in sys.argv[1:]:
+    model = GateLoopForCausalLM.from_pretrained(folder).train()
+    ids = torch.arange(40)[None]
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    print(loss.item(), model.model.embed_tokens.weight.grad.abs().sum().item())
+"""
+
+
+OURS = {"modeling_stateful_gpt", *(file.stem for file in (Path(__file__).parents[1] / "training").glob("*.py"))}
+
+
+def test_a_model_computes_the_same_whatever_mode_the_package_was_imported_in(tmp_path):
+    expected, folders, ids = [], [], torch.arange(40)[None]
+    for layer_types, form in ((["reversible", "rwkv"], "additive"), (["reversible"], "forgetting")):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": len(layer_types)}
+        config = GateLoopConfig(**sizes, layer_types=layer_types, reversible_form=form, initializer_range=0.3)
+        model = GateLoopForCausalLM(config).train()
+        folders.append(str(tmp_path / form))
+        model.save_pretrained(folders[-1])
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        expected += [loss.item(), model.model.embed_tokens.weight.grad.abs().sum().item()]
+    command = [sys.executable, "-c", IMPORTED_IN_ANOTHER_MODE, *folders]
+    seen = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300).stdout
+    assert [float(number) for number in seen.split()] == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_file_keeps_a_tensor_that_was_made_when_it_was_imported():
+    """It would be of the type, on the device and in the mode that the caller had set."""
+
+    def tensors(value, depth=3):
+        if isinstance(value, torch.Tensor):
+            return [value]
+        parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+        if isinstance(value, type) and value.__module__.split(".")[0] in OURS:
+            parts = list(vars(value).values())
+        return [tensor for part in parts for tensor in tensors(part, depth - 1)] if depth else []
+
+    for name in OURS:
+        importlib.import_module(name)
+    files = {name: module for name, module in sys.modules.items() if name.split(".")[0] in OURS}
+    assert "modeling_stateful_gpt.reversible" in files and "unbounded" in files
+    assert not [name for name, module in files.items() if tensors(dict(vars(module)))]
