@@ -17,6 +17,8 @@ class HubModel(PreTrainedModel):
 
     # Trainer, which writes a card of its own, puts them into it.
     model_tags = ["custom_code"]
+    # vLLM and SGLang run every class of which this is true, and carry keys and values only: the state would be lost.
+    _supports_attention_backend = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

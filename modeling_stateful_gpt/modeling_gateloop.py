@@ -547,7 +547,6 @@ class GateLoopPreTrainedModel(HubModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GateLoopDecoderLayer, "attentions": Attention}
 

@@ -82,6 +82,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 {%- endif %}
 {%- endif %}
 ```
+
+vLLM and SGLang refuse models of this kind: from token to token they carry keys and values, and no other state.
 {% for title, rows in tables.items() if rows %}
 ## {{ title }}
 

@@ -15,13 +15,14 @@ from data import byte_tokenizer
 from hub_server import Commit, HubServer, online
 from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from test_clients import HEADS, learned, prompt
-from tiny import few
+from tiny import few, shared
 from train import RunError, parse, train
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import hub_upload
 from modeling_stateful_gpt import StatefulGPTForCausalLM
 from modeling_stateful_gpt.license import LICENSE
+from modeling_stateful_gpt.upload import make_card
 
 IDS = torch.tensor([[72, 101, 108, 108, 111]])
 STRANGER = """
@@ -537,3 +538,8 @@ def test_two_tags_of_one_repository_run_their_own_code_in_one_process(hub, check
     for tag, sign in (("v1", 1), ("v2", -1), ("v1", 1)):
         loaded = AutoModelForCausalLM.from_pretrained("me/mine", revision=tag, trust_remote_code=True)
         torch.testing.assert_close(loaded(IDS).logits, sign * expected)
+
+
+def test_the_card_says_which_servers_refuse_the_model(tmp_path):
+    shared().save_pretrained(tmp_path)
+    assert "vLLM and SGLang refuse models of this kind" in str(make_card(tmp_path, "me/mine", None))

@@ -15,6 +15,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GPT2Config,
     LlamaConfig,
@@ -259,3 +261,15 @@ def test_loading_a_revision_changes_nothing_for_a_model_that_is_there(auto_class
         torch.testing.assert_close(outcome(model), expected, atol=0, rtol=0)
     new.load_state_dict(old.state_dict(), strict=False)
     assert (new(ids, use_cache=True).logits - old(ids, use_cache=True).logits).abs().max() > 1e-3
+
+
+def test_no_class_is_offered_to_servers_that_carry_keys_and_values_only():
+    """vLLM and SGLang ask every class that `auto_map` names, whatever its configuration says."""
+    for config in (GateLoopConfig(), StatefulGPTConfig()):
+        for auto in (
+            AutoModel,
+            AutoModelForCausalLM,
+            AutoModelForSequenceClassification,
+            AutoModelForTokenClassification,
+        ):
+            assert not auto._model_mapping[type(config)].is_backend_compatible()
