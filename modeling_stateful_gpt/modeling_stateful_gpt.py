@@ -500,6 +500,12 @@ class StatefulGPTPreTrainedModel(HubModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
+    def initialize_weights(self) -> None:
+        # In a model that is not its own, transformers passes over modules without parameters of their own; those of
+        # GPT-2 scale their projections. The language model, alone, leaves out none.
+        self.base_model.language_model.initialize_weights()
+        super().initialize_weights()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FusionLinear):

@@ -1050,6 +1050,25 @@ def test_a_backbone_that_cannot_be_solved_around_is_refused(config, message):
         StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config))
 
 
+@pytest.mark.parametrize("backbone", ["gpt2", "llama", "gateloop-hybrid"])
+def test_initialised_after_the_meta_device_a_model_starts_as_one_that_is_built_at_once(backbone):
+    config = stateful(backbone, feedback="glu").config
+    torch.manual_seed(0)
+    at_once = StatefulGPTForCausalLM(config).state_dict()
+    with torch.device("meta"):
+        model = StatefulGPTForCausalLM(config)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    model.init_weights()
+    for name, weight in model.state_dict().items():
+        weight, other = weight.double(), at_once[name].double()
+        spread = other.std(correction=0).item()
+        assert weight.mean().item() == pytest.approx(other.mean().item(), abs=spread), name
+        if weight.ndim > 1:
+            assert weight.std(correction=0).item() == pytest.approx(spread, rel=0.3), name
+
+
 def test_what_is_no_plain_language_model_is_refused_as_a_backbone():
     for other in (shared(), shared("llama").model.language_model):
         with pytest.raises(ValueError, match="not a plain language model with a head"):
