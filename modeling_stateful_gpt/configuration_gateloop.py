@@ -4,9 +4,19 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .adapters import write_gateloop_rows
+from .ranges import check_name, check_ranges, check_rope
+
+# The keys of the tables that the fields look up, in files that need a configuration and so cannot be imported here.
+NAMES = {
+    "layer_types": ("full_attention", "gateloop", "reversible", "rwkv"),
+    "state_transition": ("complex", "signed", "positive", "cartesian"),
+    "reversible_form": ("additive", "forgetting"),
+    "position_embedding_type": ("rope", "none"),
+    "mlp_type": ("gelu", "swiglu"),
+}
 
 if TYPE_CHECKING:
     # Transformers imports a folder's code under the folder's name and a hash of the files it finds imported. With this
@@ -92,25 +102,22 @@ class GateLoopConfig(PreTrainedConfig):
         return super().to_dict()
 
     def validate_architecture(self):
-        if self.hidden_size < 1:
-            raise ValueError(f"hidden_size is {self.hidden_size}; it must be at least 1.")
-        if self.num_hidden_layers < 1:
-            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; it must be at least 1.")
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                f"({self.num_attention_heads})."
-            )
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})."
-            )
-        if self.gateloop_num_heads < 1 or self.hidden_size % self.gateloop_num_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of gateloop_num_heads "
-                f"({self.gateloop_num_heads})."
-            )
+        check_ranges(self)
+        if self.rope_parameters:
+            check_rope(self.rope_parameters, {"default", *ROPE_INIT_FUNCTIONS})
+        for field, allowed in NAMES.items():
+            value = getattr(self, field)
+            for name in value if isinstance(value, list) else [value]:
+                check_name(field, name, allowed)
+        for whole, part in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+            ("hidden_size", "gateloop_num_heads"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{whole} ({getattr(self, whole)}) must be a multiple of {part} ({getattr(self, part)})."
+                )
         if self.hidden_size % 2 and "reversible" in self.layer_types:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be even: a reversible state has two halves.")
         if self.head_dim % 2 and self.position_embedding_type == "rope" and "full_attention" in self.layer_types:
@@ -118,11 +125,14 @@ class GateLoopConfig(PreTrainedConfig):
                 f"head_dim ({self.head_dim}; by default hidden_size / num_attention_heads) must be even: rotary "
                 "positions turn pairs of numbers."
             )
-        if self.position_embedding_type not in ("rope", "none"):
-            raise ValueError(f"position_embedding_type must be 'rope' or 'none', not {self.position_embedding_type!r}.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}; it must be a token of the vocabulary, from 0 to "
+                f"vocab_size - 1 = {self.vocab_size - 1}, or None."
+            )
 
     def validate_layer_type(self):
-        # transformers allows only the layer types of its own models; the model looks ours up in its table.
+        # transformers allows only the layer types of its own models; ours are among the names above.
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries; num_hidden_layers is {self.num_hidden_layers}."
@@ -130,7 +140,7 @@ class GateLoopConfig(PreTrainedConfig):
 
 
 # Trainer reads config.json as a PreTrainedConfig when it resumes, and that refuses layer types it has not heard of.
-for layer_type in ("gateloop", "reversible", "rwkv"):
+for layer_type in NAMES["layer_types"]:
     if layer_type not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
         configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (layer_type,)
 GateLoopConfig.register_for_auto_class()

@@ -1,5 +1,6 @@
 """The configuration of Stateful GPT: a language model's own configuration, and how its state is fed back."""
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .adapters import write_stateful_rows
 from .configuration_gateloop import GateLoopConfig
 from .feedback import FUSIONS, linear_layers
+from .ranges import check_name, check_ranges
 from .solvers import SOLVERS
 
 if TYPE_CHECKING:
@@ -20,6 +22,20 @@ DECODE_MODES = {
     "passes": "a fixed number of passes over the prompt",
     "solved": "the recurrence, solved: what stepping gives, however the prompt is cut",
 }
+
+READ_THROUGH = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""Fields of `text_config` that clients look for at the top level, some as attributes, some in the dictionary."""
 
 
 class TextConfigSpec(SubConfigSpec):
@@ -35,7 +51,8 @@ class StatefulGPTConfig(PreTrainedConfig):
     r"""
     Args:
         text_config: the language model's own configuration, any decoder of transformers or a `GateLoopConfig`
-            (the default: a plain GPT).
+            (the default: a plain GPT), or the dictionary of one. The fields that are named in `READ_THROUGH` are its
+            fields at the top level as well, to read and to set.
         feedback: how the state enters the embedding, a key of `FUSIONS` in `feedback.py`; None for no feedback.
         feedback_source: `"hidden_state"`, or `"embedding"`: the same fusion fed with the previous token's embedding,
             a token shift and no recurrence, to compare with.
@@ -89,7 +106,24 @@ class StatefulGPTConfig(PreTrainedConfig):
     tolerance: float = 1e-4
 
     def __post_init__(self, **kwargs):
+        given = self.text_config
+        if not (given is None or isinstance(given, (dict, PreTrainedConfig))):
+            raise ValueError(
+                f"text_config is {given!r}; it must be a configuration or the dictionary of one, such as "
+                f"AutoConfig.from_pretrained(…) gives. To start from a model's name, use "
+                f"StatefulGPTForCausalLM.from_backbone(…)."
+            )
+        at_the_top = {name: kwargs.pop(name) for name in READ_THROUGH if name in kwargs}
+        if not isinstance(given, PreTrainedConfig):
+            # What follows from other fields (the width of a head, say) then follows from these.
+            self.text_config = {**(given or {}), **at_the_top}
         super().__post_init__(**kwargs)
+        for name, value in at_the_top.items():
+            if isinstance(given, dict):
+                inside = given.get(self.text_config.attribute_map.get(name, name), value)
+                if inside != value:
+                    raise ValueError(f"{name} is {value!r} at the top level and {inside!r} in text_config; give one.")
+            setattr(self, name, value)
         # Saved with every checkpoint, so that each Auto class finds its class in the code beside the weights.
         self.auto_map = {
             "AutoConfig": "configuration_stateful_gpt.StatefulGPTConfig",
@@ -103,7 +137,11 @@ class StatefulGPTConfig(PreTrainedConfig):
         fields = super().to_dict()
         fusion = [] if self.feedback is None else [f"feedback.{name}" for name in linear_layers(self.feedback)]
         write_stateful_rows(self.model_type, self.text_config.model_type, fusion)
-        return fields
+        return fields | {name: copy.deepcopy(getattr(self, name)) for name in READ_THROUGH if hasattr(self, name)}
+
+    def to_diff_dict(self):
+        # In config.json they stand once, so that who changes one by hand changes the only one.
+        return {name: value for name, value in super().to_diff_dict().items() if name not in READ_THROUGH}
 
     def trained_passes(self) -> int | None:
         """How many passes a training batch goes through, at most; None where the recurrence is solved."""
@@ -111,19 +149,13 @@ class StatefulGPTConfig(PreTrainedConfig):
             return None
         return self.num_no_grad_passes + len(self.pass_probabilities or [None] * self.num_passes)
 
-    def validate_feedback(self):
-        if self.feedback is not None and self.feedback not in FUSIONS:
-            raise ValueError(f"feedback {self.feedback!r} does not exist; choose from {sorted(FUSIONS)} or None.")
-        if self.feedback_source not in ("hidden_state", "embedding"):
-            raise ValueError(f"feedback_source must be 'hidden_state' or 'embedding', not {self.feedback_source!r}.")
-
-    def validate_passes(self):
-        for name in ("num_passes", "prefill_passes", "num_groups"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
-        if self.num_no_grad_passes is not None and self.num_no_grad_passes < 0:
-            raise ValueError(f"num_no_grad_passes is {self.num_no_grad_passes}; it must be at least 0, or None.")
+    def validate_fields(self):
+        check_ranges(self)
+        check_name("feedback", self.feedback, [*FUSIONS, None])
+        check_name("feedback_source", self.feedback_source, ["hidden_state", "embedding"])
+        check_name("decode_mode", self.decode_mode, DECODE_MODES)
+        check_name("training_solver", self.training_solver, SOLVERS)
+        check_name("solver", self.solver, SOLVERS)
         probabilities = self.pass_probabilities
         if probabilities is not None and not (
             min(probabilities, default=-1) >= 0 and abs(sum(probabilities) - 1) <= 1e-6
@@ -131,17 +163,11 @@ class StatefulGPTConfig(PreTrainedConfig):
             raise ValueError(
                 f"pass_probabilities are the probabilities of 1, 2, … passes and must sum to 1, not {probabilities}."
             )
-        if self.feedback_noise < 0:
-            raise ValueError(f"feedback_noise is a standard deviation and cannot be {self.feedback_noise}.")
-        if not 0 <= self.prefix_mixin <= 1:
-            raise ValueError(f"prefix_mixin is a probability and cannot be {self.prefix_mixin}.")
 
-    def validate_solver(self):
-        for name, table in (("solver", SOLVERS), ("training_solver", SOLVERS), ("decode_mode", DECODE_MODES)):
-            if getattr(self, name) not in table:
-                raise ValueError(f"{name} {getattr(self, name)!r} does not exist; choose from {sorted(table)}.")
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance is {self.tolerance}; it must be at least 0.")
+    def validate_text_config(self):
+        # Its own check was before fields were set from here.
+        if self.text_config.model_type == GateLoopConfig.model_type:
+            self.text_config.validate()
 
 
 def _read_through(name: str) -> property:
@@ -154,18 +180,7 @@ def _read_through(name: str) -> property:
     return property(get, set_, doc=f"`text_config.{name}`, for clients that look for it at the top level.")
 
 
-for _name in (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "use_cache",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-):
+for _name in READ_THROUGH:
     setattr(StatefulGPTConfig, _name, _read_through(_name))
 
 

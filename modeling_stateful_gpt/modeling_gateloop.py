@@ -36,6 +36,7 @@ from .gate_loop import gate_loop, linear_scan
 from .generation_gateloop import RecurrentGenerationMixin, position_limit
 from .hub import HubModel
 from .precision import FullPrecisionLinear
+from .ranges import check_name
 from .reversible import KeyValueMemory, ReversibleCell
 
 T = TypeVar("T")
@@ -514,8 +515,7 @@ MLPS = {"gelu": GELUMLP, "swiglu": SwiGLUMLP}
 
 
 def look_up(table: Mapping[str, T], name: str, field: str) -> T:
-    if name not in table:
-        raise ValueError(f"{field} {name!r} does not exist; choose from {sorted(table)}.")
+    check_name(field, name, table)
     return table[name]
 
 

@@ -157,16 +157,18 @@ def test_bad_input_is_refused_by_name():
         model(tokens(1, 5), attention_mask=torch.zeros(1, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match=r"'fft' does not exist; choose from .*'gateloop', 'reversible'"):
-        GateLoopModel(GateLoopConfig(**LLAMA_LIKE, layer_types=["full_attention", "fft"]))
+    with pytest.raises(Exception, match=r"'fft' does not exist; choose from .*'gateloop', 'reversible'"):
+        GateLoopConfig(**LLAMA_LIKE, layer_types=["full_attention", "fft"])
     with pytest.raises(Exception, match="layer_types has 1 entries; num_hidden_layers is 2"):
         GateLoopConfig(**LLAMA_LIKE, layer_types=["full_attention"])
-    with pytest.raises(Exception, match="must be a multiple of num_attention_heads"):
+    with pytest.raises(Exception, match="num_attention_heads is 0; it must be at least 1"):
         GateLoopConfig(num_attention_heads=0)
+    with pytest.raises(Exception, match=r"hidden_size \(256\) must be a multiple of num_attention_heads \(3\)"):
+        GateLoopConfig(num_attention_heads=3)
     with pytest.raises(Exception, match=r"head_dim \(3;.*must be even"):
         GateLoopConfig(hidden_size=12, num_attention_heads=4)
     GateLoopConfig(hidden_size=12, num_attention_heads=4, position_embedding_type="none")
     with pytest.raises(Exception, match="hidden_size is 0"):
         GateLoopConfig(hidden_size=0)
-    with pytest.raises(Exception, match="must be 'rope' or 'none'"):
+    with pytest.raises(Exception, match=r"'learned' does not exist; choose from \['none', 'rope'\]"):
         GateLoopConfig(position_embedding_type="learned")

@@ -1084,8 +1084,8 @@ def test_a_backbone_whose_head_does_more_is_refused():
 @pytest.mark.parametrize(
     "config,message",
     [
-        ({"feedback": "concat"}, r"'concat' does not exist; choose from \['correction', 'gated_add', 'glu'\]"),
-        ({"feedback_source": "logits"}, "must be 'hidden_state' or 'embedding'"),
+        ({"feedback": "concat"}, r"'concat' does not exist; choose from \[None, 'correction', 'gated_add', 'glu'\]"),
+        ({"feedback_source": "logits"}, r"'logits' does not exist; choose from \['embedding', 'hidden_state'\]"),
         ({"num_passes": 0}, "num_passes is 0; it must be at least 1"),
         ({"prefill_passes": 0}, "prefill_passes is 0; it must be at least 1"),
         ({"pass_probabilities": [0.5, 0.4]}, "must sum to 1"),
@@ -1096,8 +1096,8 @@ def test_a_backbone_whose_head_does_more_is_refused():
         ({"decode_mode": "fast"}, "decode_mode 'fast' does not exist; choose from .*'plain_prompt', 'solved'"),
         ({"num_groups": 0}, "num_groups is 0; it must be at least 1"),
         ({"num_no_grad_passes": -1}, "num_no_grad_passes is -1; it must be at least 0"),
-        ({"prefix_mixin": 1.5}, "prefix_mixin is a probability"),
-        ({"feedback_noise": -1.0}, "standard deviation"),
+        ({"prefix_mixin": 1.5}, "prefix_mixin is 1.5; it must be between 0 and 1"),
+        ({"feedback_noise": -1.0}, "feedback_noise is -1.0; it must be at least 0 and finite"),
         ({"tolerance": -1.0}, "must be at least 0"),
         ({"tolerance": float("nan")}, "must be at least 0"),
     ],

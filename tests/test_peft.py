@@ -300,6 +300,31 @@ def test_merged_a_model_computes_what_it_did_with_the_adapter(name, config, tmp_
     torch.testing.assert_close(logits(kind.from_pretrained(tmp_path), ids), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("backbone", ["gpt2", "llama", "gateloop-hybrid"])
+def test_merged_a_model_keeps_the_tokens_that_were_trained(backbone, tied):
+    """Where the head is the embedding, peft trains the tokens in both; it asks the configuration's dictionary."""
+    model = adapted(
+        stateful(backbone, feedback="correction", tie_word_embeddings=tied), lora(trainable_token_indices=[1, 2, 3])
+    )
+    ids = torch.tensor([[1, 2, 3, 4, 5, 1]])
+    expected = logits(model, ids)
+    merged = model.merge_and_unload()
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == tied
+    torch.testing.assert_close(logits(merged, ids), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_peft_warns_of_an_adapter_on_a_tied_embedding(tied):
+    model = peft.get_peft_model(
+        stateful("llama", feedback="correction", tie_word_embeddings=tied), lora(target_modules=["embed_tokens"])
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.merge_and_unload()
+    assert any("tie_word_embeddings=True" in str(warning.message) for warning in caught) == tied
+
+
 @EACH
 def test_unloaded_a_model_is_as_it_was(name):
     ids = tokens(2, 6)
