@@ -7,6 +7,11 @@ imported for those who do not use it, and a model around another one can have th
 
 import sys
 
+import torch
+from transformers import DynamicCache
+
+from .cache import LastHiddenStateLayer
+
 
 def write_gateloop_rows(model_type: str) -> None:
     """Those of Llama, as the projections have the same names; only the norms have others."""
@@ -24,6 +29,16 @@ def write_stateful_rows(model_type: str, text_model_type: str, fusion: list[str]
             row = table[text_model_type]
             adds = isinstance(row, list) and not any(method in name for method in ("LNTUNING", "IA3"))
             table[model_type] = row + fusion if adds else row
+    if (constants := sys.modules.get("peft.utils.constants")) is not None:
+        constants.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING[model_type] = prefix_without_state
+
+
+def prefix_without_state(keys_and_values: tuple[torch.Tensor, ...]) -> DynamicCache:
+    """The cache that begins with a prefix (PrefixTuningConfig), `[2, B, H, T, d]` for each layer. It says that there is
+    no last hidden state to feed back yet; without that, the cache would be one that a plain model has filled."""
+    cache = DynamicCache(keys_and_values)
+    cache.layers.append(LastHiddenStateLayer())
+    return cache
 
 
 def tables() -> dict[str, dict]:

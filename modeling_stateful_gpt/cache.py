@@ -5,11 +5,12 @@ assisted decoding; keyword arguments are not.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
@@ -19,12 +20,65 @@ from transformers.cache_utils import (
 )
 
 
+class AllOrNothingCache(Cache):
+    """Where one layer refuses, none is changed.
+
+    Transformers' own methods go from layer to layer: those before the one that refuses have then done their part.
+    """
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens; if there are fewer, all of them."""
+        with unchanged_if_refused(self.layers):
+            super().crop(max(tokens_to_remove, -int(self.get_seq_length())))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        with unchanged_if_refused(self.layers):
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        with unchanged_if_refused(self.layers):
+            super().batch_select_indices(indices)
+
+
+@contextmanager
+def unchanged_if_refused(layers: list[CacheLayerMixin]) -> Iterator[None]:
+    """Puts the layers back on an error inside, which may replace their tensors but not write to them."""
+    before = [dict(vars(layer)) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, contents in zip(layers, before, strict=True):
+            vars(layer).clear()
+            vars(layer).update(contents)
+        raise
+
+
+class StatefulDynamicCache(AllOrNothingCache, DynamicCache): ...
+
+
+class StatefulStaticCache(AllOrNothingCache, StaticCache): ...
+
+
+STATEFUL_CACHES = {DynamicCache: StatefulDynamicCache, StaticCache: StatefulStaticCache}
+
+
+def check_crop(tokens_to_remove: int, recorded: int) -> None:
+    if tokens_to_remove > 0:
+        raise ValueError("Say how many tokens to remove as a negative number.")
+    if -tokens_to_remove > recorded:
+        raise RuntimeError(
+            f"Cannot remove {-tokens_to_remove} tokens: {recorded} were recorded since the last crop. Call "
+            f"`activate_past_recording` on a cache that the model has returned, before the tokens that may have to be "
+            f"removed."
+        )
+
+
 class LastHiddenStateLayer(DynamicSlidingWindowLayer):
     """The state that the next step feeds back, as one more layer behind the language model's own.
 
-    It is a sliding window over one token, which gives it everything `generate()` asks of a layer, exact cropping while
-    past recording is on included. `keys` holds the states `[B, 1, T, D]` and `values`, `[B, 1, T, 1]`, whether there
-    is one: a sequence that so far is only left padding has none.
+    It is a sliding window over one token, which gives it almost everything that `generate()` asks of a layer. `keys`
+    holds the states `[B, 1, T, D]` and `values`, `[B, 1, T, 1]`, whether there is one: a sequence that so far is only
+    left padding has none.
     """
 
     # The masks of a language model with sliding attention are built from the layers that say True here.
@@ -52,6 +106,17 @@ class LastHiddenStateLayer(DynamicSlidingWindowLayer):
         if self.get_seq_length() == 0:
             return None
         return self.keys[:, 0, -1], self.values[:, 0, -1, 0].bool()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens: all, or at most those recorded since the last crop."""
+        if -tokens_to_remove >= self.cumulative_length:
+            self.reset()
+            return
+        last = self.keys.shape[-2] - 1
+        check_crop(tokens_to_remove, recorded=last)
+        kept = slice(last + tokens_to_remove, last + tokens_to_remove + 1)
+        self.keys, self.values = self.keys[:, :, kept], self.values[:, :, kept]
+        self.cumulative_length += tokens_to_remove
 
 
 class ScatteredLayer(DynamicLayer):
@@ -104,14 +169,14 @@ def put(whole: torch.Tensor, part: torch.Tensor, where: slice, dim: int) -> torc
 
 def can_scatter(cache: Cache) -> bool:
     """Whether every layer of the language model holds the keys and values of all of the past, as plain tensors."""
-    layers = (layer for layer in cache.layers if not isinstance(layer, LastHiddenStateLayer))
+    layers = (layer for layer in cache.layers if not holds_last_hidden_state(layer))
     return not cache.offloading and all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
 
 
 def scatter(cache: Cache) -> Cache:
     """A cache of `ScatteredLayer`s that begins with what `cache` holds."""
     past = int(cache.get_seq_length())
-    layers = (layer for layer in cache.layers if not isinstance(layer, LastHiddenStateLayer))
+    layers = (layer for layer in cache.layers if not holds_last_hidden_state(layer))
     return Cache(layers=[ScatteredLayer(layer, past) for layer in layers])
 
 
@@ -167,15 +232,18 @@ class RecurrentStateLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the recurrence on from the state, None at first: `recur(state, x=x, **inputs)` gives first the output
         and the new state, which are returned. All inputs are `[B, T, …]`."""
+        if self.state is not None and len(self.state) != len(x):
+            raise ValueError(f"The cache holds {len(self.state)} sequences, the input {len(x)}; they must be the same.")
+        inputs = {"x": x, **{name: z for name, z in inputs.items() if z is not None}}
+        before, y = self.state, self.advance(recur, inputs)
         self.device = x.device
         self.seen += x.shape[1]
-        inputs = {"x": x, **{name: z for name, z in inputs.items() if z is not None}}
         if self.record_past:
             if not self.recorded:
-                self.state_before = self.state
+                self.state_before = before
             self.recur = recur
             self.recorded.append(inputs)
-        return self.advance(recur, inputs), self.state
+        return y, self.state
 
     def advance(self, recur: Callable[..., tuple], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         y, self.state = recur(self.state, **inputs)
@@ -185,15 +253,13 @@ class RecurrentStateLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens, at most those since the last crop."""
-        if tokens_to_remove > 0:
-            raise ValueError("Say how many tokens to remove as a negative number.")
+        """Takes back the last `-tokens_to_remove` tokens: all, or at most those recorded since the last crop."""
+        if -tokens_to_remove >= self.seen:
+            self.reset()
+            return
         recorded = sum(inputs["x"].shape[1] for inputs in self.recorded)
-        if (keep := recorded + tokens_to_remove) < 0:
-            raise RuntimeError(
-                f"Cannot remove {-tokens_to_remove} tokens: {recorded} were recorded since the last crop. Call "
-                f"`activate_past_recording` on the cache before the tokens that may have to be removed."
-            )
+        check_crop(tokens_to_remove, recorded)
+        keep = recorded + tokens_to_remove
         if tokens_to_remove < 0:
             self.seen += tokens_to_remove
             self.state = self.state_before
@@ -270,40 +336,91 @@ RECURRENT_LAYERS = {layer._layer_type: layer for layer in (GateLoopStateLayer, R
 STATIC_LAYER_TYPE_MAPPING.update(RECURRENT_LAYERS)
 
 
+def has_recurrent_layers(config: PreTrainedConfig) -> bool:
+    return any(layer_type in RECURRENT_LAYERS for layer_type in getattr(config, "layer_types", None) or [])
+
+
 def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
     """Gives a cache that was made without a configuration, and is empty, the layers that `config` asks for. Empty
     layers with a state become those of the same code: transformers makes them from the code that was imported last.
 
     Raises:
-        ValueError: for a cache with keys and values where the model has a layer with a state.
+        ValueError: for a cache with other layers than those.
     """
     if not cache.layers:
         cache.layers = DynamicCache(config=config).layers
-    layer_types = getattr(config, "layer_types", None) or []
-    for number, (layer_type, layer) in enumerate(zip(layer_types, cache.layers, strict=False)):
-        if layer_type not in RECURRENT_LAYERS:
-            continue
+    layers = [layer for layer in cache.layers if not holds_last_hidden_state(layer)]
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"The cache has {len(layers)} layers, the model {config.num_hidden_layers}: it is another model's. Make "
+            f"one by DynamicCache(config=model.config)."
+        )
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    for number, (layer_type, layer) in enumerate(zip(layer_types, layers, strict=False)):
         # Not isinstance: loaded as remote code, this file may be imported twice.
-        if getattr(layer, "_layer_type", None) != layer_type:
+        held = getattr(layer, "_layer_type", None)
+        if layer_type in RECURRENT_LAYERS and held != layer_type:
             raise ValueError(
                 f"The cache holds keys and values for layer {number}, a {layer_type} layer, whose past is a state. "
                 f"Make it by DynamicCache(config=model.config). A prefix of keys and values (PrefixTuningConfig) "
                 f"cannot be given to such a model; PromptTuningConfig, PromptEncoderConfig and LoraConfig can."
             )
-        if type(layer) is not RECURRENT_LAYERS[layer_type] and layer.get_seq_length() == 0:
+        if held in RECURRENT_LAYERS and held != layer_type:
+            raise ValueError(
+                f"The cache holds the state of a {held} layer for layer {number}, which is a {layer_type} layer: it is "
+                f"another model's. Make one by DynamicCache(config=model.config)."
+            )
+        if layer_type in RECURRENT_LAYERS and type(layer) is not RECURRENT_LAYERS[layer_type] and layer.seen == 0:
             cache.layers[number] = RECURRENT_LAYERS[layer_type]()
             cache.layers[number].record_past = layer.record_past
+    if has_recurrent_layers(config):
+        let_refuse_as_one(cache)
+
+
+def let_refuse_as_one(cache: Cache) -> None:
+    """The cache is the caller's, and is to stay the same object."""
+    if not torch.compiler.is_compiling():  # Which cannot follow this, and crops nothing.
+        cache.__class__ = STATEFUL_CACHES.get(type(cache), type(cache))
+
+
+def holds_last_hidden_state(layer: CacheLayerMixin) -> bool:
+    # Not isinstance: loaded as remote code, this file may be imported twice.
+    return type(layer).__name__ == LastHiddenStateLayer.__name__
 
 
 def last_hidden_state_layer(cache: Cache, text_config: PreTrainedConfig) -> LastHiddenStateLayer:
-    """The state's layer of `cache`; appended behind the layers of the language model `text_config` if it is missing."""
-    for layer in cache.layers:
-        if isinstance(layer, LastHiddenStateLayer):
-            return layer
+    """The state's layer of `cache`; appended behind the layers of the language model `text_config` if it is missing.
+
+    Raises:
+        ValueError: for a cache that another model has filled.
+    """
     fill_in_layers(cache, text_config)
-    layer = LastHiddenStateLayer()
-    cache.layers.append(layer)
+    if not holds_last_hidden_state(cache.layers[-1]):
+        if (past := int(cache.get_seq_length())) > 0:
+            raise ValueError(
+                f"The cache holds keys and values of {past} tokens, and no last hidden state to feed back: a model "
+                f"without feedback has filled it. Begin with an empty one: DynamicCache(config=model.config)."
+            )
+        layer = LastHiddenStateLayer()
+        layer.record_past = any(getattr(other, "record_past", False) for other in cache.layers)
+        cache.layers.append(layer)
+    let_refuse_as_one(cache)
+    layer = cache.layers[-1]
+    if layer.is_initialized and layer.keys.shape[-1] != text_config.hidden_size:
+        raise ValueError(
+            f"The cache holds a state of {layer.keys.shape[-1]} elements, the model's have {text_config.hidden_size}: "
+            f"it is another model's. Make one by DynamicCache(config=model.config)."
+        )
     return layer
+
+
+def refuse_last_hidden_state(cache: Cache | None) -> None:
+    """Raises a ValueError for a cache with a state that a model without feedback would not read."""
+    if cache is not None and any(holds_last_hidden_state(layer) and layer.is_initialized for layer in cache.layers):
+        raise ValueError(
+            "The cache holds a last hidden state to feed back, but this model has no feedback: a stateful model has "
+            "filled it. Begin with an empty one: DynamicCache(config=model.config)."
+        )
 
 
 def snapshot(cache: Cache) -> Cache:

@@ -1,9 +1,11 @@
 """What `generate()` needs to know of a decoder whose layers may carry a state."""
 
+from functools import wraps
+
 import torch
 from transformers import GenerationMixin, PreTrainedConfig
 
-from .cache import RECURRENT_LAYERS
+from .cache import has_recurrent_layers
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
@@ -27,10 +29,15 @@ class RecurrentGenerationMixin(GenerationMixin):
         own, and only the 2-D mask tells what is padding."""
         return attention_mask
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        # Transformers would count halves as nothing and twos as two tokens.
+        if (mask := model_kwargs.get("attention_mask")) is not None:
+            model_kwargs["attention_mask"] = (mask != 0).long()
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
     def carries_state(self) -> bool:
         """Whether there is more to carry from step to step than keys and values."""
-        layer_types = getattr(self.config.get_text_config(), "layer_types", None) or []
-        return not RECURRENT_LAYERS.keys().isdisjoint(layer_types)
+        return has_recurrent_layers(self.config.get_text_config())
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -44,6 +51,16 @@ class RecurrentGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    @wraps(GenerationMixin._assisted_decoding)  # Whose parameters `generate()` reads.
+    def _assisted_decoding(self, *args, **kwargs):
+        config = self.config.get_text_config()
+        layers = config.num_hidden_layers
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            # Early exit lowers the number while it drafts, and leaves it so on an error.
+            config.num_hidden_layers = layers
 
     def init_continuous_batching(self, *args, **kwargs):
         self._refuse_continuous_batching()

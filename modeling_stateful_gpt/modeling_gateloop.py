@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -30,7 +31,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import fill_in_layers
+from .cache import fill_in_layers, refuse_last_hidden_state
 from .configuration_gateloop import GateLoopConfig
 from .gate_loop import gate_loop, linear_scan
 from .generation_gateloop import RecurrentGenerationMixin, position_limit
@@ -584,13 +585,25 @@ def check_inputs(
 ) -> None:
     """Refuses an empty sequence, one longer than the model's positions, and a batch that is all padding.
 
-    With a cache, a piece of a prompt may rightly be all padding.
+    With a cache, a piece of a prompt may rightly be all padding. What is no cache, or a full one, is refused as well.
     """
     if length == 0:
         raise ValueError("The input has no tokens; give each text at least one (e.g. the tokenizer's bos token).")
+    if past_key_values is not None and not hasattr(past_key_values, "layers"):
+        raise ValueError(
+            f"past_key_values is of type {type(past_key_values).__name__}; it must be a DynamicCache, a StaticCache or "
+            f"another transformers.Cache of one layer for each of the model's."
+        )
     if torch.compiler.is_compiling():
         return
     past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    static = (layer for layer in getattr(past_key_values, "layers", ()) if type(layer) is StaticLayer)
+    room = min((layer.max_cache_len for layer in static), default=None)
+    if room is not None and past + length > room:
+        raise ValueError(
+            f"The static cache has room for {room} tokens; {past} are in it, and {length} more do not fit. Make it "
+            f"with a larger max_cache_len."
+        )
     limit = position_limit(config)
     if limit is not None and past + length > limit:
         raise ValueError(
@@ -720,6 +733,7 @@ class GateLoopForCausalLM(NextTokenLabels, RecurrentGenerationMixin, GateLoopPre
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """`labels` `[B, T]` are the `input_ids` themselves (they are shifted here), −100 where there is no loss."""
+        refuse_last_hidden_state(past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

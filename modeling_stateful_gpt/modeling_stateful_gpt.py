@@ -36,6 +36,7 @@ from .cache import (
     gather_slots,
     last_hidden_state_layer,
     put,
+    refuse_last_hidden_state,
     reorder_slots,
     scatter,
     snapshot,
@@ -128,6 +129,10 @@ class LanguageModelRecurrence:
             self.starts |= nn.functional.pad(self.position_ids.diff(dim=1) != 1, (1, 0))
 
         self.before = last_hidden_state_layer(cache, model.config.text_config).read() if cache is not None else None
+        if self.before is not None and len(self.before[0]) != batch:
+            raise ValueError(
+                f"The cache holds {len(self.before[0])} sequences, the input {batch}; they must be the same."
+            )
         exists = self.initial_state()[1][:, None]
         # Slots of the states with the one from before the sequence put in front: 0, then t + 1 for position t.
         slots = torch.arange(1, self.length + 1, device=embeds.device).expand(batch, -1)
@@ -593,6 +598,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 f"each token (zeros where there is none)."
             )
         if self.feedback is None:
+            refuse_last_hidden_state(past_key_values)
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,

@@ -1,5 +1,7 @@
 """Decoders with GateLoop layers, pure and mixed with attention: what generation asks of their state."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -114,6 +116,71 @@ def test_cropping_what_was_not_recorded_is_refused():
             cache.crop(-7)
         with pytest.raises(ValueError, match="negative"):
             cache.crop(3)
+
+
+@every_mixture
+def test_a_crop_that_is_refused_has_cut_nothing_and_one_of_everything_needs_no_record(mixture):
+    model, ids = decoder(mixture), tokens(2, 9)
+    with torch.no_grad():
+        expected, cache = model(ids).logits, model(ids[:, :6], use_cache=True).past_key_values
+        cache.activate_past_recording()
+        model(ids[:, 6:8], past_key_values=cache)
+        with pytest.raises(RuntimeError, match="Cannot remove 3 tokens: 2 were recorded"):
+            cache.crop(-3)
+        assert [layer.get_seq_length() for layer in cache.layers] == [8, 8]
+        torch.testing.assert_close(model(ids[:, 8:], past_key_values=cache).logits, expected[:, 8:])
+        cache.crop(-100)
+        assert [layer.get_seq_length() for layer in cache.layers] == [0, 0]
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("mixture", ["gateloop first", "attention first"])
+def test_what_a_static_cache_cannot_do_changes_no_layer(mixture):
+    model, ids = decoder(mixture), tokens(2, 8)
+    with torch.no_grad():
+        expected, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=10)
+        cache.activate_past_recording()
+        model(ids[:, :6], past_key_values=cache)
+        for attempt in (
+            lambda: cache.crop(-1),
+            lambda: cache.batch_select_indices(torch.tensor([0])),
+            lambda: cache.batch_repeat_interleave(2),
+        ):
+            with pytest.raises(AttributeError, match="StaticLayer"):
+                attempt()
+        with pytest.raises(ValueError, match="has room for 10 tokens; 6 are in it, and 5 more do not fit"):
+            model(tokens(2, 5), past_key_values=cache)
+        torch.testing.assert_close(model(ids[:, 6:], past_key_values=cache).logits, expected[:, 6:])
+
+
+@pytest.mark.parametrize("mixture", ["pure", "gateloop first", "attention first", "rwkv"])
+def test_another_number_of_sequences_than_the_cache_holds_is_refused_and_changes_nothing(mixture):
+    model, ids = decoder(mixture), tokens(2, 8)
+    with torch.no_grad():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        for others in (ids[:1, 6:], tokens(3, 1)):
+            with pytest.raises((ValueError, RuntimeError), match=r"holds 2 sequences, the input|Sizes of tensors"):
+                model(others, past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [6, 6]
+        torch.testing.assert_close(model(ids[:, 6:], past_key_values=cache).logits, model(ids).logits[:, 6:])
+
+
+def test_the_cache_of_another_decoder_is_refused_and_stays_as_it_was():
+    ids = tokens(2, 6)
+    names = ["pure", "gateloop first", "attention first", "reversible", "rwkv"]
+    models = {name: decoder(name) for name in names}
+    models["attention"] = decoder("pure", layer_types=["full_attention"] * 2)
+    models["three"] = decoder("pure", num_hidden_layers=3, layer_types=["gateloop"] * 3)
+    with torch.no_grad():
+        for giver in models.values():
+            cache = giver(ids, use_cache=True).past_key_values
+            before = copy.deepcopy(cache)
+            for taker in models.values():
+                if taker is not giver:
+                    with pytest.raises(ValueError, match=r"The cache (holds|has).*DynamicCache\(config=model.config\)"):
+                        taker(ids, past_key_values=cache)
+            expected = giver(ids, past_key_values=before).logits
+            assert torch.equal(giver(ids, past_key_values=cache).logits, expected)
 
 
 def test_the_cache_of_a_pure_model_does_not_grow_and_can_be_used_again():

@@ -1,12 +1,24 @@
 """The same tokens, whichever way the same computation is cut up."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from data import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import BACKBONES, FUSIONS, MANY, VOCAB, models, shared, tokens
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer, pipeline, set_seed
+from tiny import BACKBONES, FUSIONS, LLAMA_LIKE, MANY, VOCAB, models, shared, stateful, tokens
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    MistralConfig,
+    StaticCache,
+    TextIteratorStreamer,
+    pipeline,
+    set_seed,
+)
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
 from modeling_stateful_gpt.cache import last_hidden_state_layer
@@ -171,6 +183,129 @@ def test_cropping_while_the_past_is_recorded_restores_the_state_exactly():
         cache.crop(-2)
         assert cache.get_seq_length() == 5
         torch.testing.assert_close(model(ids[:, 5:6], past_key_values=cache).logits, expected[:, 1:])
+
+
+def sliding():
+    """Around a language model whose own layers may refuse to be cropped."""
+    torch.manual_seed(0)
+    config = MistralConfig(**LLAMA_LIKE, sliding_window=4)
+    return StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config, feedback="glu", tolerance=0.0)).double().eval()
+
+
+@given(st.data())
+def test_a_crop_is_exact_or_refused_and_then_nothing_has_changed(data):
+    """Of a cache whose past is recorded from some token on: exact as far as it was, and where all is removed."""
+    backbone = data.draw(st.sampled_from([*BACKBONES, "sliding"]))
+    model = sliding() if backbone == "sliding" else shared(backbone, feedback="glu")
+    ids, before, recorded = tokens(2, 12), data.draw(st.integers(0, 6)), data.draw(st.integers(1, 3))
+    recording = data.draw(st.booleans())
+    length, remove = before + recorded, data.draw(st.integers(1, 12))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        if before:
+            model(ids[:, :before], past_key_values=cache)
+        else:
+            last_hidden_state_layer(cache, model.config.text_config)
+        if recording:
+            cache.activate_past_recording()
+        model(ids[:, before:length], past_key_values=cache)
+        try:
+            cache.crop(-remove)
+        except RuntimeError as error:
+            assert "activate_past_recording" in str(error)
+            assert remove > recorded or not recording
+            left = length
+        else:
+            left = max(length - remove, 0)
+            # What removes all is exact in any case.
+            assert (recording and remove <= recorded) or left == 0
+        assert {int(layer.get_seq_length()) for layer in cache.layers} == {left}
+        expected = model(ids, solver="sequential", use_cache=False).logits[:, left:]
+        torch.testing.assert_close(model(ids[:, left:], past_key_values=cache).logits, expected)
+
+
+def test_more_than_there_is_can_be_taken_back_as_llama_does_it():
+    model, ids = shared("llama", feedback="glu"), tokens(1, 11)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache).logits
+        cache.activate_past_recording()
+        cache.crop(-100)
+        assert [layer.get_seq_length() for layer in cache.layers] == [0, 0, 0]
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected)
+
+
+def test_what_copies_a_cache_keeps_refusing():
+    model, ids = shared("gpt2", feedback="glu"), tokens(2, 6)
+    with torch.no_grad():
+        expected, cache = model(ids).logits, model(ids[:, :4], use_cache=True).past_key_values
+        for duplicate in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            with pytest.raises(RuntimeError, match=r"Cannot remove 2 tokens: 0 were recorded.*activate_past_recording"):
+                duplicate.crop(-2)
+            torch.testing.assert_close(model(ids[:, 4:], past_key_values=duplicate).logits, expected[:, 4:])
+
+
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "gpt2"])
+def test_early_exit_is_exact_around_layers_with_a_state_too(backbone, tmp_path):
+    model, ids = stateful(backbone, feedback="glu"), tokens(1, 6)
+    expected = generate(model, ids)
+    assert torch.equal(generate(model, ids, assistant_early_exit=1), expected)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(generate(loaded, ids), expected)
+
+
+@pytest.mark.parametrize("backbone", ["gateloop-pure", "llama"])
+def test_an_error_in_a_draft_leaves_the_model_as_it_was(backbone, monkeypatch):
+    model, ids = stateful(backbone, feedback="glu"), tokens(1, 6)
+    expected, forward = generate(model, ids), type(model).forward
+
+    def interrupted(self, *args, **kwargs):
+        if self.config.num_hidden_layers == 1:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, ids, assistant_early_exit=1)
+    assert model.config.num_hidden_layers == 2 and torch.equal(generate(model, ids), expected)
+
+
+def test_early_exit_fails_around_gpt2_as_it_does_for_gpt2_and_changes_nothing():
+    model, ids = stateful("gpt2", feedback="glu"), tokens(1, 6)
+    expected = generate(model, ids)
+    with pytest.raises(IndexError):
+        generate(model, ids, assistant_early_exit=1)
+    assert torch.equal(generate(model, ids), expected)
+
+
+@every_backbone
+def test_a_cache_that_another_model_has_filled_is_refused_and_stays_as_it_was(backbone):
+    model, plain, ids = shared(backbone, feedback="glu"), shared(backbone, feedback=None), tokens(2, 6)
+    wider = stateful(backbone, feedback="glu", dtype=torch.float32)
+    wider.config.text_config.num_hidden_layers = 1
+    with torch.no_grad():
+        for giver, taker, message in (
+            (plain, model, "6 tokens, and no last hidden state to feed back"),
+            (model, plain, "holds a last hidden state to feed back, but this model has no feedback"),
+            (model, wider, "The cache has 2 layers, the model 1"),
+        ):
+            cache, expected = giver(ids, use_cache=True).past_key_values, giver(ids.repeat(1, 2)).logits[:, 6:]
+            with pytest.raises(ValueError, match=message):
+                taker(ids, past_key_values=cache)
+            if taker is not wider:
+                with pytest.raises(ValueError, match=message):
+                    generate(taker, ids.repeat(1, 2), past_key_values=cache)
+            torch.testing.assert_close(giver(ids, past_key_values=cache).logits, expected)
+        cache = model(ids, use_cache=True).past_key_values
+        for rows in (slice(1), [0, 1, 1]):
+            with pytest.raises(ValueError, match=r"The cache holds 2 sequences, the input \d"):
+                model(ids[rows, :1], past_key_values=cache)
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids.repeat(1, 2)).logits[:, 6:])
+        for no_cache in (EncoderDecoderCache(DynamicCache(), DynamicCache()), ((ids, ids),)):
+            with pytest.raises(ValueError, match=r"past_key_values is of type \w+; it must be a DynamicCache"):
+                model(ids, past_key_values=no_cache)
 
 
 def test_beams_reorder_the_state_with_the_keys():
