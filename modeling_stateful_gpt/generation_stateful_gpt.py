@@ -1,12 +1,17 @@
 """What `generate()` needs to know of a model whose last hidden state travels from step to step."""
 
+import copy
+from functools import partial
 from typing import Any
 
-from transformers import Cache
+from transformers import Cache, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import last_hidden_state_layer
 from .generation_gateloop import RecurrentGenerationMixin
+
+EVALUATION = ("decode_mode", "num_passes", "solver")
+"""The arguments of `forward` that say how the recurrence is evaluated."""
 
 
 class StatefulGenerationMixin(RecurrentGenerationMixin):
@@ -36,6 +41,16 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
             layer = last_hidden_state_layer(cache, self.config.text_config)
             if generation_config.is_assistant:
                 layer.activate_past_recording()
+
+    def _get_logits_processor(self, *args, model_kwargs: dict[str, Any] | None = None, **kwargs):
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        how = {name: value for name, value in (model_kwargs or {}).items() if name in EVALUATION}
+        for number, processor in enumerate(processors):
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
+                # It calls the model itself, and is to have it evaluated as `generate()` does.
+                processors[number] = copy.copy(processor)
+                processors[number].model = partial(self, **how)
+        return processors
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs(model_kwargs)

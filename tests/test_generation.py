@@ -245,6 +245,36 @@ def test_what_copies_a_cache_keeps_refusing():
             torch.testing.assert_close(model(ids[:, 4:], past_key_values=duplicate).logits, expected[:, 4:])
 
 
+def guided(model, ids, negative, scale, **how):
+    """The reference: two decoders, of the prompt and of the negative one, whose scores are mixed."""
+    caches, inputs, out = [None, None], [ids, negative], ids
+    for _ in range(NEW):
+        scores = []
+        for number in (0, 1):
+            outputs = model(inputs[number], past_key_values=caches[number], use_cache=True, **how)
+            caches[number] = outputs.past_key_values
+            scores.append(outputs.logits[:, -1].log_softmax(-1))
+        chosen = (scale * (scores[0] - scores[1]) + scores[1]).argmax(-1, keepdim=True)
+        inputs, out = [chosen, chosen], torch.cat([out, chosen], dim=1)
+    return out
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"decode_mode": mode} for mode in ("solved", "passes", "plain_prompt", "no_feedback")] + [{"num_passes": 1}],
+    ids=str,
+)
+def test_guidance_evaluates_the_negative_prompt_as_the_prompt(how):
+    model, ids, negative = shared("llama", feedback="glu"), tokens(2, 7), tokens(2, 5, seed=1)
+    with torch.no_grad():
+        expected = guided(model, ids, negative, 3.0, **how)
+    found = generate(model, ids, guidance_scale=3.0, negative_prompt_ids=negative, **how)
+    assert torch.equal(found, expected)
+    other = {"decode_mode": "no_feedback" if how == {"decode_mode": "solved"} else "solved"}
+    with torch.no_grad():
+        assert not torch.equal(guided(model, ids, negative, 3.0, **other), expected)
+
+
 @pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "gpt2"])
 def test_early_exit_is_exact_around_layers_with_a_state_too(backbone, tmp_path):
     model, ids = stateful(backbone, feedback="glu"), tokens(1, 6)
