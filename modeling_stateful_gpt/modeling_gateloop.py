@@ -31,7 +31,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import fill_in_layers, refuse_last_hidden_state
+from .cache import fill_in_layers, has_recurrent_layers, refuse_last_hidden_state
 from .configuration_gateloop import GateLoopConfig
 from .gate_loop import gate_loop, linear_scan
 from .generation_gateloop import RecurrentGenerationMixin, position_limit
@@ -294,25 +294,17 @@ def create_state_mask(
 
     A token begins a sequence if the mask hides all tokens before it, or, without a mask and a cache, if its
     position does not follow its predecessor's.
-
-    Raises:
-        ValueError: for a mask that is not `[B, past + T]`.
     """
     batch, length, _ = inputs_embeds.shape
     if attention_mask is not None:
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         compiling = torch.compiler.is_compiling()
-        if attention_mask.ndim != 2 or (not compiling and attention_mask.shape[1] != past + length):
-            raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)}; layers with a state need [batch, past + new tokens], "
-                f"here [{batch}, {past} + {length}], 0 on padding."
-            )
         if not compiling and attention_mask.all():
             return None, None
-        real = attention_mask[:, -length:].bool()
+        real = of_new_tokens(attention_mask, past, length).bool()
         if not compiling and past == 0:  # Padding leaves the empty state as it is.
             return real, None
-        return real, real & (attention_mask.long().cumsum(-1)[:, -length:] == 1)
+        return real, real & (of_new_tokens(attention_mask.cumsum(-1), past, length) == 1)
     if position_ids is not None and past_key_values is None:
         return None, nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0)).expand(batch, -1)
     return None, None
@@ -621,10 +613,56 @@ def default_position_ids(
     length: int, attention_mask: torch.Tensor | None, past_key_values: Cache | None, device: torch.device
 ) -> torch.Tensor:
     """Positions `[B or 1, length]` of the tokens after the cached ones, counted without padding."""
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return of_new_tokens((attention_mask.cumsum(-1) - 1).clamp(min=0), past, length)
     return (torch.arange(length, device=device) + past).unsqueeze(0)
+
+
+def of_new_tokens(columns: torch.Tensor, past: int | torch.Tensor, length: int) -> torch.Tensor:
+    """Of `[B, past + length]`, or of more columns, those of the new tokens: `[B, length]`."""
+    return columns.index_select(1, torch.arange(length, device=columns.device) + past)
+
+
+def read_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> torch.Tensor | None:
+    """The mask as transformers' own models read it: of a 2-D one, all that is not zero is a token.
+
+    Columns after the last new token say nothing. A mask that is made once for all steps has them, with a static cache
+    above all. What is 2-D comes back as zeros and ones.
+
+    Raises:
+        ValueError: for a mask of another shape or type.
+    """
+    if attention_mask is None:
+        return None
+    batch, length, _ = inputs_embeds.shape
+    stateful = has_recurrent_layers(config)
+    past, shape = past_key_values.get_seq_length() if past_key_values is not None else 0, list(attention_mask.shape)
+    fits = shape[0] == batch if len(shape) == 2 else len(shape) == 4 and shape[2] == length and not stateful
+    if fits and not torch.compiler.is_compiling():
+        unused = shape[-1] - int(past) - length
+        fits = unused == 0 or (unused > 0 and past_key_values is not None and not stateful)
+    if not fits:
+        who = "layers with a state need" if stateful else "it must be"
+        raise ValueError(
+            f"attention_mask is {shape}; {who} [batch, past + new tokens], here [{batch}, {past} + {length}], 0 on "
+            f"padding."
+        )
+    if attention_mask.ndim == 2:
+        return (attention_mask != 0).long()
+    if not attention_mask.is_floating_point() and (
+        attention_mask.dtype != torch.bool or config._attn_implementation == "eager"
+    ):
+        raise ValueError(
+            f"A 4-D attention_mask cannot be of type {attention_mask.dtype} here. It must be of a floating-point type, "
+            f"0 where a token is read; with attention other than eager, it may be torch.bool, True where it is read."
+        )
+    return attention_mask
 
 
 class GateLoopModel(GateLoopPreTrainedModel):
@@ -657,7 +695,7 @@ class GateLoopModel(GateLoopPreTrainedModel):
         """
         Args:
             input_ids: `[B, T]`, or `inputs_embeds` `[B, T, D]`.
-            attention_mask: `[B, past + T]`, 0 on padding.
+            attention_mask: `[B, past + T]`, 0 on padding; if all layers attend, what `read_mask` takes.
             position_ids: `[B, T]`; by default the tokens counted without padding. Without a mask and a cache, a
                 position that does not follow its predecessor starts a new packed sequence.
         """
@@ -671,6 +709,7 @@ class GateLoopModel(GateLoopPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             fill_in_layers(past_key_values, self.config)
+        attention_mask = read_mask(self.config, inputs_embeds, attention_mask, past_key_values)
         masks = {
             layer_type: TOKEN_MIXERS[layer_type].create_mask(
                 config=self.config,

@@ -55,6 +55,8 @@ from .modeling_gateloop import (
     default_position_ids,
     embed_tokens,
     look_up,
+    of_new_tokens,
+    read_mask,
 )
 from .solvers import SOLVERS, Solution, State, groups, relative_change, sequential
 
@@ -121,7 +123,7 @@ class LanguageModelRecurrence:
         self.position_ids = position_ids.expand(batch, -1)
 
         if attention_mask is not None and attention_mask.ndim == 2:
-            self.real = attention_mask[:, -self.length :].bool()
+            self.real = of_new_tokens(attention_mask, self.past, self.length).bool()
         else:
             self.real = torch.ones(batch, self.length, dtype=torch.bool, device=embeds.device)
         self.starts = self.real & (self.position_ids == 0)
@@ -140,10 +142,23 @@ class LanguageModelRecurrence:
         self.in_force_exists = (self.in_force > 0) | exists
         self.previous = nn.functional.pad(self.in_force[:, :-1], (1, 0))
         self.has_previous = torch.cat([exists, self.in_force_exists[:, :-1]], dim=1) & ~self.starts
+        if attention_mask is not None and attention_mask.ndim == 4 and not torch.compiler.is_compiling():
+            self.refuse_hidden_predecessors()
         self.running: Cache | None = None
         self.scattered: Cache | None = None
         self.can_be_split: bool | None = None
         self.output: dict[str, tuple[torch.Tensor, ...] | None] = {}
+
+    def refuse_hidden_predecessors(self) -> None:
+        """A 4-D mask does not say what is padding, and where a sequence begins only the positions can."""
+        mask, queries = self.attention_mask, torch.arange(self.length, device=self.embeds.device)
+        read = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        predecessors = read[:, :, queries, (queries + self.past - 1).clamp(min=0)].any(1)
+        if (self.has_previous & ~predecessors).any():
+            raise ValueError(
+                "A 4-D attention_mask hides from a token the one before it, whose state it would read. Say what is "
+                "padding by a 2-D mask, and where a packed sequence begins by position 0 in position_ids."
+            )
 
     def initial_state(self) -> State:
         if self.before is not None:
@@ -220,7 +235,7 @@ class LanguageModelRecurrence:
         queries = keys[self.past :, None]
         reads = (keys <= queries)[None]
         if self.attention_mask is not None:
-            reads = reads & self.attention_mask.bool()[:, None]
+            reads = reads & self.attention_mask.bool()[:, None, : len(keys)]
         elif self.may_be_packed:
             sequence = self.starts.cumsum(1)
             reads = reads & (sequence[:, :, None] == sequence[:, None])
@@ -567,7 +582,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         """
         Args:
             input_ids: `[B, T]`, or `inputs_embeds` `[B, T, D]`: token embeddings, into which the state is then fused.
-            attention_mask: `[B, past + T]`, 0 on padding.
+            attention_mask: `[B, past + T]`, 0 on padding; if all layers attend, what `read_mask` takes.
             position_ids: `[B, T]`; by default the tokens counted without padding. Position 0 starts a sequence: it
                 reads no previous state. Packed sequences need `use_cache=False` and no mask, as in transformers.
             past_key_values: a `Cache`; the state is its last layer. With one, a model in training mode evaluates the
@@ -617,11 +632,12 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         training = self.training and past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=text_config)
+        attention_mask = read_mask(self.language_model.config, inputs_embeds, attention_mask, past_key_values)
         alignment = None
         if self.groups_positions(training, num_passes, solver, decode_mode) and needs_alignment(
             attention_mask, past_key_values
         ):
-            alignment = Alignment(attention_mask)
+            alignment = Alignment(attention_mask[:, : inputs_embeds.shape[1]])
             if position_ids is None:
                 position_ids = default_position_ids(inputs_embeds.shape[1], attention_mask, None, inputs_embeds.device)
             inputs_embeds, attention_mask, position_ids, initial_states = (

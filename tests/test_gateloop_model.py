@@ -228,6 +228,36 @@ def test_masks_that_cannot_tell_what_is_padding_are_refused(mixture):
 
 
 @every_mixture
+def test_layers_with_a_state_need_a_mask_of_past_and_new_tokens(mixture):
+    model, ids = decoder(mixture), tokens(2, 9)
+    for make in (DynamicCache, lambda config: StaticCache(config=config, max_cache_len=16)):
+        cache = make(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :5], past_key_values=cache)
+            for mask in (torch.ones(2, 16), torch.ones(2, 4), torch.ones(1, 9), torch.ones(9), torch.ones(2, 1, 4, 9)):
+                with pytest.raises(
+                    ValueError, match=r"attention_mask is \[.*\]; layers with a state need .* \[2, 5 \+ 4"
+                ):
+                    model(ids[:, 5:], attention_mask=mask, past_key_values=cache)
+            expected = model(ids).logits[:, 5:]
+            torch.testing.assert_close(model(ids[:, 5:], past_key_values=cache).logits, expected)
+
+
+@every_mixture
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.float32, "halves"])
+def test_all_that_is_not_zero_in_a_mask_is_a_token(kind, mixture):
+    model, ids, mask = decoder(mixture), tokens(2, 9), torch.ones(2, 9)
+    mask[1, :3] = 0
+    other = mask / 2 if kind == "halves" else mask.to(kind)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask.long()).logits
+        assert torch.equal(model(ids, attention_mask=other).logits[mask.bool()], expected[mask.bool()])
+        cache = model(ids[:, :5], attention_mask=other[:, :5], use_cache=True).past_key_values
+        found = model(ids[:, 5:], attention_mask=other, past_key_values=cache).logits
+        torch.testing.assert_close(found, expected[:, 5:])
+
+
+@every_mixture
 def test_what_cannot_be_generated_is_refused_at_once(mixture):
     model, ids = decoder(mixture), tokens(1, 5)
     with pytest.raises(NotImplementedError, match="cannot carry the model's state"):

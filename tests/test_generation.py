@@ -185,6 +185,15 @@ def test_cropping_while_the_past_is_recorded_restores_the_state_exactly():
         torch.testing.assert_close(model(ids[:, 5:6], past_key_values=cache).logits, expected[:, 1:])
 
 
+@every_backbone
+@pytest.mark.parametrize("value", [0.5, 2, True])
+def test_all_that_is_not_zero_in_a_mask_is_a_token(value, backbone):
+    model, ids, mask = shared(backbone, feedback="glu"), tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    other = torch.where(mask.bool(), torch.tensor(value), torch.zeros((), dtype=torch.tensor(value).dtype))
+    assert torch.equal(generate(model, ids, attention_mask=other), generate(model, ids, attention_mask=mask))
+
+
 def sliding():
     """Around a language model whose own layers may refuse to be cropped."""
     torch.manual_seed(0)

@@ -42,6 +42,7 @@ from transformers import (
     OpenAIGPTConfig,
     OPTConfig,
     Qwen3ForCausalLM,
+    StaticCache,
     Trainer,
     TrainingArguments,
 )
@@ -1127,6 +1128,95 @@ def test_bad_input_is_refused_by_name(backbone):
         model(tokens(1, 0))
     with pytest.raises(ValueError, match="all padding"):
         model(tokens(1, 5), attention_mask=torch.zeros(1, 5, dtype=torch.long))
+
+
+ATTENDING = ["gateloop", "gateloop-nope", "gpt2", "llama", "qwen3"]
+
+
+def attending(backbone, feedback):
+    if feedback != "plain":
+        return shared(backbone, feedback=feedback)
+    torch.manual_seed(0)
+    return GateLoopForCausalLM(text_config(backbone)).double().eval()
+
+
+@given(st.data())
+def test_columns_of_a_mask_after_the_new_tokens_say_nothing_and_all_but_zero_is_a_token(data):
+    backbone = data.draw(st.sampled_from(ATTENDING))
+    feedback = data.draw(
+        st.sampled_from(["glu", "plain"] if backbone.startswith("gateloop") else ["glu", "correction"])
+    )
+    model, past, new = attending(backbone, feedback), data.draw(st.integers(0, 5)), data.draw(st.integers(1, 4))
+    ids, mask = tokens(2, past + new), torch.ones(2, past + new)
+    mask[1, : data.draw(st.integers(0, past + new - 1))] = 0
+    unused = torch.full((2, data.draw(st.integers(0, 4))), data.draw(st.sampled_from([0.0, 1.0])))
+    kind = data.draw(st.sampled_from([torch.bool, torch.int64, torch.float32, torch.float64]))
+    longer = torch.cat([mask, unused], 1).to(kind)
+    if kind.is_floating_point:
+        longer = longer * data.draw(st.sampled_from([1.0, 0.5, -1.0, torch.finfo(kind).max]))
+    static = data.draw(st.booleans())
+    cache = StaticCache(config=model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+    solver = {} if feedback == "plain" else {"solver": data.draw(st.sampled_from(["cyclic", "jacobi", "sequential"]))}
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask.long(), use_cache=False).logits[:, past:]
+        if past:
+            model(ids[:, :past], attention_mask=longer[:, :past], past_key_values=cache)
+        found = model(ids[:, past:], attention_mask=longer, past_key_values=cache, **solver).logits
+    real = mask[:, past:].bool()
+    torch.testing.assert_close(found[real], expected[real])
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gpt2", "gateloop", "gateloop-pure"])
+def test_a_mask_of_another_shape_is_refused_by_name(backbone):
+    model, ids = shared(backbone, feedback="glu"), tokens(2, 9)
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        masks = [torch.ones(2, 4), torch.ones(2, 8), torch.ones(1, 9), torch.ones(9), torch.ones(2, 4, 9)]
+        masks += [torch.ones(2, 1, 3, 9), torch.ones(2, 1, 4, 8)]
+        masks += [torch.ones(2, 12)] if backbone == "gateloop-pure" else []
+        for mask in masks:
+            with pytest.raises(ValueError, match=r"attention_mask is \[.*\]; .* \[2, 5 \+ 4\]"):
+                model(ids[:, 5:], attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"attention_mask is \[2, 12\]; .* \[2, 0 \+ 9\]"):
+            model(ids, attention_mask=torch.ones(2, 12), use_cache=False)
+        expected = model(ids).logits[:, 5:]
+        torch.testing.assert_close(model(ids[:, 5:], past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float64])
+@pytest.mark.parametrize("backbone", ["llama", "gpt2", "gateloop"])
+def test_a_4d_mask_is_taken_where_it_lets_each_token_read_the_one_before_it(backbone, kind):
+    model, ids = shared(backbone, feedback="glu"), tokens(2, 9)
+
+    def as_4d(reads):
+        reads = reads.expand(2, 1, -1, -1)
+        return reads if kind is torch.bool else torch.where(reads, 0.0, -torch.inf).to(kind)
+
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(model(ids, attention_mask=as_4d(causal)).logits, expected)
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        later = model(ids[:, 5:], attention_mask=as_4d(causal[5:]), past_key_values=cache).logits
+        torch.testing.assert_close(later, expected[:, 5:])
+
+        # Two sequences, packed: the positions say where the second begins.
+        apart = causal & ((torch.arange(9) < 4)[:, None] == (torch.arange(9) < 4))
+        positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
+        packed = model(ids, attention_mask=as_4d(apart), position_ids=positions).logits
+        torch.testing.assert_close(packed[:, 4:], model(ids[:, 4:]).logits)
+        with pytest.raises(ValueError, match="hides from a token the one before it, whose state it would read"):
+            model(ids, attention_mask=as_4d(apart))
+        with pytest.raises(ValueError, match=r"4-D attention_mask cannot be of type torch.int64"):
+            model(ids, attention_mask=causal.long().expand(2, 1, -1, -1))
+
+
+def test_with_eager_attention_a_4d_mask_of_booleans_would_be_added_as_ones_and_is_refused():
+    model = StatefulGPTForCausalLM(
+        StatefulGPTConfig(text_config=BACKBONES["llama"](), attn_implementation="eager")
+    ).eval()
+    with pytest.raises(ValueError, match=r"cannot be of type torch.bool here. It must be of a floating-point type"):
+        model(tokens(1, 3), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool).tril())
 
 
 @pytest.mark.parametrize("backbone,name", [("gateloop", "sweep_groups"), ("gateloop-hybrid", "sweep")])
