@@ -370,7 +370,7 @@ def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
                 f"The cache holds the state of a {held} layer for layer {number}, which is a {layer_type} layer: it is "
                 f"another model's. Make one by DynamicCache(config=model.config)."
             )
-        if layer_type in RECURRENT_LAYERS and type(layer) is not RECURRENT_LAYERS[layer_type] and layer.seen == 0:
+        if layer_type in RECURRENT_LAYERS and not isinstance(layer, RecurrentStateLayer) and layer.seen == 0:
             cache.layers[number] = RECURRENT_LAYERS[layer_type]()
             cache.layers[number].record_past = layer.record_past
     if has_recurrent_layers(config):

@@ -8,7 +8,7 @@ import torch
 from data import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import BACKBONES, FUSIONS, LLAMA_LIKE, MANY, VOCAB, models, shared, stateful, tokens
+from tiny import BACKBONES, FUSIONS, LLAMA_LIKE, VOCAB, models, shared, stateful, tokens
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -62,7 +62,6 @@ def test_greedy_decoding_is_the_exact_recurrence_and_not_the_plain_model(fusion,
 
 
 @pytest.mark.client("transformers", "`generate()`: greedy, sampling, beams, prefill in pieces")
-@MANY
 @given(models(dtypes=[torch.float64]), st.sampled_from(sorted(MODES)), st.integers(1, 7))
 def test_every_mode_gives_the_same_tokens_with_and_without_a_cache_and_in_pieces(drawn, mode, chunk):
     model, ids = shared(**drawn), tokens(2, 7)

@@ -40,7 +40,7 @@ BACKBONES = {
 FUSIONS = ["gated_add", "glu", "correction"]
 DTYPES = [torch.float64, torch.float32]
 
-MANY = settings(max_examples=4 * settings.default.max_examples)
+MANY = settings(max_examples=3 * settings.default.max_examples)
 """For a property of every model: so many examples that each backbone and each fusion is drawn several times."""
 
 
