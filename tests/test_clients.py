@@ -565,7 +565,7 @@ def test_a_classification_head_keeps_the_model_under_it(name, kind, tmp_path):
 
 
 @pytest.mark.client("transformers", "`…ForSequenceClassification`, `…ForTokenClassification`")
-@pytest.mark.parametrize("name,kind", few(product(OURS, HEADS), [("stateful", "token"), ("hybrid", "sequence")]))
+@pytest.mark.parametrize("name,kind", few(product(OURS, HEADS), [("stateful", "token")]))
 def test_classification_is_learned(name, kind, tmp_path):
     model_class, collator = HEADS[kind]
     trainer = Trainer(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_generation import MODES, NEW, generate
-from tiny import LLAMA_LIKE, MANY, few, tokens
+from tiny import LLAMA_LIKE, few, tokens
 from transformers import DynamicCache, StaticCache
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTForCausalLM
@@ -74,7 +74,6 @@ def test_generation_goes_on_from_a_returned_cache(make_cache, mixture):
     assert torch.equal(second, whole)
 
 
-@MANY
 @given(st.sampled_from(sorted(MIXTURES)), st.sampled_from(sorted(MIXTURES)), st.booleans())
 def test_prompt_lookup_and_assisted_decoding_are_exact(mixture, other, do_sample):
     model, ids = decoder(mixture), tokens(1, 4).repeat(1, 3)

@@ -166,5 +166,6 @@ class StatefulGateLoopTest(Stateful, Recurrence, unittest.TestCase):
     pass
 
 
+@pytest.mark.exhaustive
 class StatefulLlamaTest(Stateful, Llama, unittest.TestCase):
     pass
