@@ -68,8 +68,8 @@ class Solution:
     """How many times the language model went over the sequence."""
     residual: float | None = None
     """The largest change in the last pass of an element of a real position's state that is not exact yet, in units of
-    the root mean square of that state; None where it was not asked for. NaN where a real position's state is not
-    finite; all states that are, are solved all the same."""
+    the root mean square of that state; None where it was not asked for, and for a single token. NaN where a real
+    position's state is not finite; all states that are, are solved all the same."""
     stepped_from: int | None = None
     """The position from which on the solver stepped, if it did."""
     pass_hidden_states: tuple[torch.Tensor, ...] = ()
@@ -87,7 +87,8 @@ def sequential(recurrence: Recurrence, passes: int | None = None, **unused) -> S
     Backpropagation goes through time, token by token. `passes` and the other solvers' arguments are ignored.
     """
     states = steps_from(recurrence, 0, None)
-    residual = unless_lost(0.0, states, recurrence.real)
+    # Not for a token that is decoded: looking at its state would make an accelerator wait at every step.
+    residual = unless_lost(0.0, states, recurrence.real) if recurrence.length > 1 else None
     return Solution(states, passes=1, residual=residual, stepped_from=0, pass_hidden_states=(states,))
 
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from train import parse, train
 from transformers import AutoModelForCausalLM
 
-from modeling_stateful_gpt import StatefulGPTForTokenClassification
+from modeling_stateful_gpt import StatefulGPTForTokenClassification, solvers
 
 TESTS = Path(__file__).parent
 TRAINING = TESTS.parent / "training"
@@ -209,8 +209,9 @@ def on(device, module):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_may_be_spread_over_two_devices(name):
+def test_a_model_may_be_spread_over_two_devices(name, monkeypatch):
     """Fake tensors compute shapes and devices alone; the meta device stands for a second GPU."""
+    monkeypatch.setattr(solvers, "unless_lost", lambda residual, *_: residual)  # There are no numbers to look at.
     model = MODELS[name]()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         base = getattr(model.model, "language_model", model.model)
