@@ -451,9 +451,11 @@ class TrainingRecurrence(LanguageModelRecurrence):
             h = h + self.model.config.feedback_noise * torch.randn_like(h)
         return super().fuse(e, h, has_previous)
 
-    def run(self, inputs, cache: Cache | None, *where) -> torch.Tensor:
-        if self.shares_masks:
-            return self.run_with_shared_masks(inputs, cache, *where)
+    def run(self, *args) -> torch.Tensor:
+        return self.run_with_shared_masks(*args) if self.shares_masks else self.run_keeping_cache(*args)
+
+    def run_keeping_cache(self, inputs, cache: Cache | None, *where) -> torch.Tensor:
+        """A run whose keys and values are kept where the layers would checkpoint their activations."""
         if cache is None or not checkpointing(self.model.language_model):
             return super().run(inputs, cache, *where)
         if torch.is_grad_enabled():
@@ -485,7 +487,7 @@ class TrainingRecurrence(LanguageModelRecurrence):
         if self.seed is None:
             self.seed = int(torch.randint(2**62, ()))
         with reseeded(self.seed + (positions.start or 0), self.embeds.device):
-            return super().run(inputs, cache, positions, attention_mask)
+            return self.run_keeping_cache(inputs, cache, positions, attention_mask)
 
 
 def has_dropout(language_model: PreTrainedModel) -> bool:

@@ -633,6 +633,7 @@ def test_token_by_token_training_refuses_checkpointed_activations():
 SCHEMES = {
     "jacobi": {"training_solver": "jacobi"},
     "cyclic": {"training_solver": "cyclic"},
+    "cyclic, shared masks": {"training_solver": "cyclic", "share_dropout_masks": True},
     "as by default": {"training_solver": "cyclic", "num_no_grad_passes": 2, "num_passes": 1},
     "solved": {"training_solver": "cyclic", "num_no_grad_passes": None, "num_passes": 1},
     "solved by Jacobi": {"training_solver": "jacobi", "num_no_grad_passes": None, "num_passes": 2},
