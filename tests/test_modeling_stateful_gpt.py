@@ -646,6 +646,7 @@ SCHEMES = {
     st.lists(st.integers(0, 3), min_size=1, max_size=2),
     st.sampled_from(["eager", "sdpa"]),
 )
+@example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, "cyclic, shared masks", [0, 2], "sdpa")
 def test_checkpointed_activations_change_neither_what_is_trained_nor_its_gradient(drawn, scheme, pads, attention):
     ids, mask, _ = padded(len(pads), 9, pads, "right")
     found = []
