@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate_steps import hybrid, steps
+from fresh import run_fresh
 from safetensors.torch import load_file
 from tiny import few, stateful, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -192,7 +193,7 @@ def test_remote_code_computes_the_same_from_disk(tmp_path):
         model.save_pretrained(tmp_path / name)
         torch.save(tokens(2, 9), tmp_path / name / "ids.pt")
         arguments += [str(tmp_path / name), str(most_of(model))]
-    subprocess.run([sys.executable, "-c", STRANGER, *arguments], check=True, cwd=tmp_path)
+    run_fresh("-c", STRANGER, *arguments, cwd=tmp_path)
     for name, model in models.items():
         seen = torch.load(tmp_path / name / "seen.pt")
         assert seen["places"] == {"cpu", "disk"}

@@ -8,8 +8,6 @@ import json
 import os
 import random
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -20,6 +18,7 @@ import pytest
 import torch
 from data import byte_tokenizer
 from datasets import Dataset
+from fresh import Interpreter, run_fresh
 from tiny import JACOBI, few
 from torch import nn
 from transformers import (
@@ -134,9 +133,7 @@ def stepped_logits(model, ids):
 
 def run_by_name(code, *arguments):
     """Runs `code` in a process that only knows a folder's name, and returns what it prints last as JSON."""
-    command = [sys.executable, "-c", BY_NAME + code, *map(str, arguments)]
-    finished = subprocess.run(command, env=ONE_THREAD, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(finished.stdout.splitlines()[-1])
+    return json.loads(run_fresh("-c", BY_NAME + code, *arguments).splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -503,13 +500,10 @@ def server(tmp_path_factory):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     program = BY_NAME + "from transformers.cli.transformers import main; main()"
-    command = [sys.executable, "-c", program, "serve", "--trust-remote-code", "--device=cpu", f"--port={port}"]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, env=ONE_THREAD, stdout=output, stderr=subprocess.STDOUT)
+    process = Interpreter("-c", program, "serve", "--trust-remote-code", "--device=cpu", f"--port={port}")
     try:
         for _ in range(300):
-            assert process.poll() is None, log.read_text()
+            assert process.is_alive(), process.stderr
             try:
                 urllib.request.urlopen(f"http://localhost:{port}/health")
                 break
@@ -518,7 +512,7 @@ def server(tmp_path_factory):
         yield f"http://localhost:{port}/v1"
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait()
 
 
 @pytest.mark.client("transformers", "`transformers serve`, asked by the `openai` client (see below)")

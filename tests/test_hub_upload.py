@@ -4,14 +4,13 @@ import copy
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from data import byte_tokenizer
+from fresh import run_fresh
 from hub_server import Commit, HubServer, online
 from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from test_clients import HEADS, learned, prompt
@@ -65,11 +64,7 @@ def checkpoint(run, tmp_path):
 
 
 def in_a_fresh_process(hub, tmp_path, code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    process = subprocess.run(
-        command, env=hub.environment(tmp_path / "home"), stdout=subprocess.PIPE, text=True, check=True
-    )
-    return process.stdout
+    return run_fresh("-c", code, *arguments, env=hub.environment(tmp_path / "home"))
 
 
 def check_that_it_loads(hub, tmp_path, model, repo_id, revision=""):

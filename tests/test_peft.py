@@ -2,13 +2,11 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
+from fresh import run_fresh
 from safetensors.torch import load_file
 from tiny import BACKBONES, FUSIONS, JACOBI, few, stateful, text_config, tokens
 from transformers import AutoModelForCausalLM
@@ -431,9 +429,7 @@ def test_saved_adapters_load_onto_a_base_with_code_where_the_package_cannot_be_i
             "README.md", "adapter_config.json", "adapter_model.safetensors"
         }  # fmt: skip
         folders.append(str(folder))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", STRANGER, order, *folders]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    run_fresh("-c", STRANGER, order, *folders, cwd=tmp_path)
     for name in NAMES:
         seen, text, targets = torch.load(tmp_path / name / "seen.pt")
         for other in seen:

@@ -1,13 +1,12 @@
 """What `save_pretrained` writes loads in a process that cannot import this package."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
 from data import byte_tokenizer
+from fresh import run_fresh
 from safetensors.torch import load_file, save_file
 from tiny import BACKBONES, VOCAB, tokens
 from transformers import (
@@ -93,7 +92,7 @@ def seen_by_a_stranger(tmp_path_factory):
         byte_tokenizer().save_pretrained(folder / name)
         torch.save(tokens(2, 9), folder / name / "ids.pt")
     paths = [str(folder / name) for name in KINDS]
-    subprocess.run([sys.executable, "-c", STRANGER, *paths], check=True, cwd=folder)
+    run_fresh("-c", STRANGER, *paths, cwd=folder)
     return folder
 
 

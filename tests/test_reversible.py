@@ -1,12 +1,12 @@
 """The reversible cell: undone bit for bit, and its gradients are those of plain backpropagation through time."""
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_fresh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rwkv import by_a_scan
@@ -390,8 +390,7 @@ def test_a_model_computes_the_same_whatever_mode_the_package_was_imported_in(tmp
         loss = model(ids, labels=ids).loss
         loss.backward()
         expected += [loss.item(), model.model.embed_tokens.weight.grad.abs().sum().item()]
-    command = [sys.executable, "-c", IMPORTED_IN_ANOTHER_MODE, *folders]
-    seen = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300).stdout
+    seen = run_fresh("-c", IMPORTED_IN_ANOTHER_MODE, *folders)
     assert [float(number) for number in seen.split()] == pytest.approx(expected, rel=1e-5)
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ from compare import main as compare_main
 from data import DataError, byte_tokenizer, sample_blocks, token_blocks
 from evaluate import evaluate, mean_nats
 from evaluate import main as evaluate_main
+from fresh import Interpreter, run_fresh_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from records import append_record, read_records
@@ -86,24 +86,22 @@ def continued(text_files, output_dir, checkpoint):
     return [*arguments, "--model_name_or_path", str(checkpoint)]
 
 
-def run(script, arguments, launcher=(sys.executable,), **kwargs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*launcher, str(ROOT / "training" / script), *arguments],
-        capture_output=True, text=True, env=environment, **kwargs,
-    )  # fmt: skip
+TRAINING = ROOT / "training"
+
+
+def run_until(condition, script, arguments):
+    """Starts a script and returns it, running, when the condition holds."""
+    process = Interpreter(TRAINING / script, *arguments)
+    while not condition(process):
+        assert process.is_alive(), process.stdout + process.stderr
+        time.sleep(0.005)
+    return process
 
 
 def run_and_kill(arguments, losses):
     """Starts train.py and kills it when it has logged so many losses."""
-    command = [sys.executable, str(ROOT / "training/train.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    output = ""
-    while output.count("'loss'") < losses:
-        output += process.stdout.readline()
-        assert process.poll() is None, output
-    process.send_signal(signal.SIGKILL)
+    process = run_until(lambda process: process.stdout.count("'loss'") >= losses, "train.py", arguments)
+    process.kill()
     process.wait()
 
 
@@ -220,16 +218,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(what, text_files, tmp_pa
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train(*parse(options(text_files, whole, *arguments)))
 
-    command = [sys.executable, str(ROOT / "training/train.py"), *options(text_files, halves, *arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    output = ""
-    while output.count("'loss'") < 5:
-        output += process.stdout.readline()
-        assert process.poll() is None, output
-    process.send_signal(signal.SIGINT)
-    output += process.communicate()[0]
-    assert process.returncode == 1 and "Run the same command again to resume." in output
+    five_losses = lambda process: process.stdout.count("'loss'") >= 5  # noqa: E731
+    process = run_until(five_losses, "train.py", options(text_files, halves, *arguments))
+    process.interrupt()
+    assert process.wait() == 1 and "Run the same command again to resume." in process.stdout + process.stderr
     assert not (halves / "results.json").exists() and list(halves.glob("checkpoint-*"))
 
     train(*parse(options(text_files, halves, *arguments)))
@@ -243,13 +235,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(what, text_files, tmp_pa
 @pytest.mark.exhaustive
 def test_a_killed_run_resumes_from_its_last_checkpoint(text_files, tmp_path, capsys):
     arguments = options(text_files, tmp_path / "run", "--max_steps=60", "--save_steps=5", "--eval_strategy=no")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "training/train.py"), *arguments],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not list((tmp_path / "run").glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "it was to be killed in the middle"
-        time.sleep(0.05)
+    saved = tmp_path / "run"
+    process = run_until(lambda _: list(saved.glob("checkpoint-*/trainer_state.json")), "train.py", arguments)
     process.kill()
     process.wait()
     train(*parse(arguments))
@@ -278,10 +265,9 @@ def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(text_file
     mixture = ["--stateful_config", json.dumps({"pass_probabilities": [0.4, 0.3, 0.3]})]
     train(*parse(options(text_files, tmp_path / "one", *mixture)))
     accumulated = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=2"]
-    accelerate = str(Path(sys.executable).parent / "accelerate")
-    launcher = [accelerate, "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
-    two = run("train.py", options(text_files, tmp_path / "two", *mixture, "--per_device_train_batch_size=4"), launcher)
-    assert two.returncode == 0, two.stderr
+    run_fresh_ranks(
+        TRAINING / "train.py", *options(text_files, tmp_path / "two", *mixture, "--per_device_train_batch_size=4")
+    )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     plain = [f"--stateful_config={json.dumps({'num_passes': 2})}"]
     for name, more in (("whole", []), ("accumulated", accumulated)):
@@ -808,13 +794,7 @@ def test_a_killed_comparison_loses_nothing(text_files, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare.py", *arguments, *options(text_files, tmp_path / "whole")])
     compare_main()
     file, command = tmp_path / "killed/evaluations.jsonl", [*arguments, *options(text_files, tmp_path / "killed")]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "training/compare.py"), *command],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not (file.exists() and "stateful" in file.read_text()):
-        assert process.poll() is None, "it was to be killed in the middle"
-        time.sleep(0.005)
+    process = run_until(lambda _: file.exists() and "stateful" in file.read_text(), "compare.py", command)
     process.kill()
     process.wait()
     before = file.read_text()
@@ -968,8 +948,8 @@ def test_the_commands_say_what_is_wrong_in_one_line(text_files, tmp_path, monkey
 def test_an_error_is_one_line_on_the_terminal(script, tmp_path):
     wrong = {"train.py": ["--text_file", "none.txt", "--output_dir", "x"], "evaluate.py": ["nowhere"]}
     wrong["compare.py"] = ["--arms", "gpt", *wrong["train.py"]]
-    done = run(script, wrong[script], cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")
+    done = Interpreter(TRAINING / script, *wrong[script], cwd=tmp_path)
+    assert done.wait() == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 from array import array
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from data import byte_tokenizer
+from fresh import run_fresh_ranks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
-from test_training import ROOT, options, run, run_and_kill, text_files  # noqa: F401
+from test_training import TRAINING, options, run_and_kill, text_files  # noqa: F401
 from tiny import MANY, NO_SPECIAL_TOKENS, VOCAB, tokens
 from tokenizers.processors import TemplateProcessing
 from train import RunError, parse, train
@@ -625,10 +625,7 @@ def test_whole_documents_are_learned_in_train_py(context, text_files, tmp_path):
 
 def test_two_processes_make_the_steps_of_one_over_documents(text_files, tmp_path):  # noqa: F811
     train(*parse(on_documents(text_files, tmp_path / "one", "--per_device_train_batch_size=2")))
-    accelerate = str(Path(sys.executable).parent / "accelerate")
-    launcher = [accelerate, "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
-    two = run("train.py", on_documents(text_files, tmp_path / "two"), [*launcher, "--main_process_port", "0"])
-    assert two.returncode == 0, two.stderr
+    run_fresh_ranks(TRAINING / "train.py", *on_documents(text_files, tmp_path / "two"))
     logs = []
     for name in ("one", "two"):
         state = json.loads((tmp_path / name / "checkpoint-6/trainer_state.json").read_text())

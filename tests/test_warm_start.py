@@ -1,17 +1,16 @@
 """States that are kept from one epoch to the next: each stays with its token."""
 
 import json
-import sys
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
+from fresh import run_fresh_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_training import ROOT, losses, options, run, run_and_kill, text_files  # noqa: F401
+from test_training import TRAINING, losses, options, run_and_kill, text_files  # noqa: F401
 from train import RunError, logger, parse, prepare_data, train
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from warm_start import StateStore, WarmStart, Windows, collate
@@ -157,11 +156,8 @@ def test_killed_and_resumed_every_state_stays_with_its_token(text_files, tmp_pat
 def test_spread_over_two_processes_every_state_stays_with_its_token(text_files, tmp_path):  # noqa: F811
     # Whole batches only: accelerate would fill up what is left over, and tokens be visited twice in an epoch.
     train(*parse(arguments(text_files, tmp_path / "one", "--dataloader_drop_last=true")))
-    accelerate = str(Path(sys.executable).parent / "accelerate")
-    launcher = [accelerate, "launch", "--config_file", str(ROOT / "training/two_cpu_processes.yaml")]
     halves = ["--per_device_train_batch_size=4", "--dataloader_drop_last=true"]
-    two = run("train.py", arguments(text_files, tmp_path / "two", *halves), launcher)
-    assert two.returncode == 0, two.stderr
+    run_fresh_ranks(TRAINING / "train.py", *arguments(text_files, tmp_path / "two", *halves))
     a, b = (states(tmp_path / name, EPOCHS - 1) for name in ("one", "two"))
     assert torch.equal((a != 0).any(1), (b != 0).any(1)), "the same tokens were visited"
     assert (a - b).abs().max() < 0.1

@@ -1,0 +1,106 @@
+"""Fresh interpreters at the price of a fork: half of what a process takes here is the import of torch."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import runpy
+import signal
+import socket
+import sys
+import types
+from pathlib import Path
+from tempfile import mkdtemp
+
+ROOT = Path(__file__).parents[1]
+
+CONTEXT = multiprocessing.get_context("forkserver")
+# Nothing of ours, and nothing that reads Hugging Face's variables of the environment when it is imported.
+CONTEXT.set_forkserver_preload(
+    [
+        "numpy", "pandas", "pyarrow.dataset", "scipy.optimize", "scipy.spatial.transform", "sklearn.metrics",
+        "torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor",
+        "torch.nn.attention.flex_attention", "torchao.quantization", "torchao.prototype.mx_formats",
+        "aiohttp", "dill", "fsspec", "jinja2", "matplotlib.pyplot", "multiprocess", "PIL.Image", "psutil", "requests",
+        "rich", "safetensors.torch", "tokenizers", "yaml",
+    ]
+)  # fmt: skip
+
+
+class Interpreter(CONTEXT.Process):
+    """`python SCRIPT ARGUMENTS`, or `python -c CODE ARGUMENTS`, started at once."""
+
+    def __init__(self, *arguments, env: dict[str, str] | None = None, cwd: Path | None = None):
+        self.folder = Path(mkdtemp(prefix="fresh_"))
+        environment = {**(env or os.environ), "OMP_NUM_THREADS": "1"}
+        super().__init__(
+            target=execute, args=([*map(str, arguments)], environment, str(cwd or Path.cwd()), str(self.folder))
+        )
+        self.start()
+
+    @property
+    def stdout(self) -> str:
+        return self.read("stdout")
+
+    @property
+    def stderr(self) -> str:
+        return self.read("stderr")
+
+    def read(self, name: str) -> str:
+        file = self.folder / name
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def interrupt(self) -> None:
+        os.kill(self.pid, signal.SIGINT)
+
+    def wait(self) -> int:
+        self.join()
+        return self.exitcode
+
+
+def execute(arguments: list[str], environment: dict[str, str], cwd: str, outputs: str) -> None:
+    # What pytest and transformers have put there in the process that asks for this one.
+    foreign = {"", *(str(ROOT / name) for name in (".", "tests", "training")), os.environ.get("HF_MODULES_CACHE")}
+    sys.path[:] = [place for place in sys.path if place not in foreign]
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with open(f"{outputs}/{name}", "wb") as file:
+            os.dup2(file.fileno(), number)
+        getattr(sys, name).reconfigure(encoding="utf-8", line_buffering=True)
+    script, *_ = sys.argv[:] = arguments
+    if script == "-c":
+        sys.argv[:] = ["-c", *arguments[2:]]
+        sys.path.insert(0, "")
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(arguments[1], "<string>", "exec"), vars(main))
+    else:
+        sys.path.insert(0, str(Path(script).parent))
+        runpy.run_path(script, run_name="__main__")
+
+
+def run_fresh(*arguments, **kwargs) -> str:
+    """What an interpreter prints that ends well."""
+    process = Interpreter(*arguments, **kwargs)
+    assert process.wait() == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def run_fresh_ranks(*arguments, processes: int = 2) -> str:
+    """As `accelerate launch` starts several processes of one script; what the first one prints."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    shared = {**os.environ, **place, "WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+    ranks = [
+        Interpreter(*arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)
+    ]
+    try:
+        while running := [rank.sentinel for rank in ranks if rank.is_alive()]:
+            multiprocessing.connection.wait(running)
+            for rank in ranks:
+                assert rank.exitcode in (None, 0), rank.stdout + rank.stderr
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return ranks[0].stdout
