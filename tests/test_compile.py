@@ -96,9 +96,7 @@ def step(model, run, **inputs):
 
 # One of each shape of graph.
 KINDS_OF_STEP = [
-    "gpt with dropout",
     "gateloop complex",
-    "stateful correction",
     "stateful, noise and plain prefixes",
     "stateful, as by default",
     "stateful around llama, cyclic",

@@ -24,7 +24,7 @@ def arguments(text_files, folder, *more):  # noqa: F811
     """A few epochs of a few steps, cut elsewhere in each."""
     given = [a for a in options(text_files[:2], folder) if not a.startswith(("--max_steps", "--eval_steps"))]
     training = [f"--num_train_epochs={EPOCHS}", "--random_offsets=true", "--eval_strategy=no", "--data_seed=5"]
-    return ["--preset=warm_start", *given, *training, *more]
+    return ["--preset=warm_start", *given, *training, "--save_steps=50", *more]
 
 
 def states(folder, epoch):
@@ -138,7 +138,7 @@ def test_the_first_epoch_is_the_plain_model(text_files, tmp_path, monkeypatch): 
 
 def test_killed_and_resumed_every_state_stays_with_its_token(text_files, tmp_path, capsys):  # noqa: F811
     mixture = '--stateful_config={"pass_probabilities": [0.75, 0.25]}'
-    more = [mixture, "--dropout=0.1", "--save_steps=7", "--save_total_limit=2"]
+    more = [mixture, "--dropout=0.1", "--save_steps=30", "--save_total_limit=2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(*parse(arguments(text_files, whole, *more)))
     steps = json.loads((sorted(whole.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text())["max_steps"]
@@ -228,7 +228,7 @@ def test_states_are_said_to_be_of_little_use_for_a_single_epoch(text_files, tmp_
 
 def test_missing_states_are_no_traceback(text_files, tmp_path):  # noqa: F811
     set_seed(0)
-    train(*parse(arguments(text_files, tmp_path / "run", "--save_steps=5", "--save_total_limit=5")))
+    train(*parse(arguments(text_files, tmp_path / "run", "--save_steps=20", "--save_total_limit=5")))
     (tmp_path / "run/results.json").unlink()
     assert len(list((tmp_path / "run/states").iterdir())) == 1
     for path in (tmp_path / "run/states").iterdir():
@@ -236,4 +236,4 @@ def test_missing_states_are_no_traceback(text_files, tmp_path):  # noqa: F811
     last = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
     (last / "trainer_state.json").unlink()
     with pytest.raises(RunError, match="is missing: epoch 2 starts from the states that it held"):
-        train(*parse(arguments(text_files, tmp_path / "run", "--save_steps=5", "--save_total_limit=5")))
+        train(*parse(arguments(text_files, tmp_path / "run", "--save_steps=20", "--save_total_limit=5")))
