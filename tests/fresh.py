@@ -11,6 +11,9 @@ import types
 from pathlib import Path
 from tempfile import mkdtemp
 
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
 ROOT = Path(__file__).parents[1]
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -86,14 +89,18 @@ def run_fresh(*arguments, **kwargs) -> str:
     return process.stdout
 
 
-def run_fresh_ranks(*arguments, processes: int = 2) -> str:
-    """As `accelerate launch` starts several processes of one script; what the first one prints."""
+def run_fresh_ranks(config: str, script: Path, *arguments) -> str:
+    """The processes that `accelerate launch --config_file training/CONFIG SCRIPT ARGUMENTS` would start; what the first
+    one prints."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    shared = {**os.environ, **place, "WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+    given = launch_command_parser().parse_args(["--config_file", str(ROOT / "training" / config), str(script)])
+    given, *_ = _validate_launch_command(given)
+    shared = {**os.environ, **prepare_multi_gpu_env(given), **place, "WORLD_SIZE": str(given.num_processes)}
     ranks = [
-        Interpreter(*arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)
+        Interpreter(script, *arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(given.num_processes)
     ]
     try:
         while running := [rank.sentinel for rank in ranks if rank.is_alive()]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate_steps import hybrid, steps
-from fresh import run_fresh
+from fresh import run_fresh, run_fresh_ranks
 from safetensors.torch import load_file
 from tiny import few, stateful, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,15 +25,15 @@ TESTS = Path(__file__).parent
 TRAINING = TESTS.parent / "training"
 
 
-def launch(config, *options):
-    """Two processes of accelerate_steps.py."""
+STEPS = TESTS / "accelerate_steps.py"
+
+
+def launch(config, script, *options):
+    """`accelerate launch`, the command itself."""
     accelerate = str(Path(sys.executable).parent / "accelerate")
     port = ["--main_process_port", "0"]  # a free one: other tests launch as well
-    done = subprocess.run(
-        [accelerate, "launch", "--config_file", str(TRAINING / config), *port, str(TESTS / "accelerate_steps.py"),
-         *map(str, options)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = [accelerate, "launch", "--config_file", str(TRAINING / config), *port, str(script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,10 +61,14 @@ def test_accumulated_batches_of_unequal_token_counts_are_one_batch(one_process, 
 
 
 @pytest.mark.client("accelerate", "DDP and FSDP2 on two processes")
-@pytest.mark.parametrize("config,share", [("two_cpu_processes.yaml", 1), ("fsdp2.yaml", 0.5)], ids=["ddp", "fsdp2"])
-def test_two_processes_make_the_steps_of_one(config, share, one_process, tmp_path):
+@pytest.mark.parametrize(
+    "start,config,share",
+    [(launch, "two_cpu_processes.yaml", 1), (run_fresh_ranks, "fsdp2.yaml", 0.5)],
+    ids=["ddp", "fsdp2"],
+)
+def test_two_processes_make_the_steps_of_one(start, config, share, one_process, tmp_path):
     batch = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=2"]
-    launch(config, "steps", *batch, f"--output_dir={tmp_path}")
+    start(config, STEPS, "steps", *batch, f"--output_dir={tmp_path}")
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen.keys() == one_process.keys()
     for name, expected in one_process.items():
@@ -100,7 +104,8 @@ def runs(tmp_path_factory):
     """The folders of a run in one process and of the same in two with FSDP2."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     train(*parse(options(one, *MIXTURE)))
-    launch("fsdp2.yaml", "train", *options(two, *MIXTURE, "--per_device_train_batch_size=4"))
+    halves = options(two, *MIXTURE, "--per_device_train_batch_size=4")
+    run_fresh_ranks("fsdp2.yaml", STEPS, "train", *halves)
     return one, two
 
 
@@ -124,7 +129,7 @@ def test_a_run_with_fsdp2_resumes_to_the_same_weights(runs, tmp_path):
     shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
     shutil.copy(whole / "run.json", tmp_path)
     more = ["--per_device_train_batch_size=4", f"--output_dir={tmp_path}"]
-    assert "Resuming from" in launch("fsdp2.yaml", "train", *options(runs[1], *MIXTURE, *more))
+    assert "Resuming from" in run_fresh_ranks("fsdp2.yaml", STEPS, "train", *options(runs[1], *MIXTURE, *more))
     expected, got = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path))
     assert expected.keys() == got.keys()
     for name in expected:

@@ -49,7 +49,9 @@ STEPS = {
     "stateful, noise and plain prefixes": around("gateloop", feedback_noise=0.1, prefix_mixin=0.5, num_passes=3),
     "stateful, passes apart": around("gpt", detach_between_passes=True),
     "stateful, cyclic": around("gpt", training_solver="cyclic", num_passes=3, num_groups=2),
-    "stateful, as by default": around("gpt", training_solver="cyclic", num_no_grad_passes=2, num_passes=1),
+    "stateful, as by default": around(
+        "gpt", training_solver="cyclic", num_no_grad_passes=2, num_passes=1, num_groups=3
+    ),
     "stateful token shift": around("gpt", feedback_source="embedding"),
     "stateful around gpt2": around("gpt2"),
     "stateful around hybrid": around("hybrid"),

@@ -265,9 +265,8 @@ def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(text_file
     mixture = ["--stateful_config", json.dumps({"pass_probabilities": [0.4, 0.3, 0.3]})]
     train(*parse(options(text_files, tmp_path / "one", *mixture)))
     accumulated = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=2"]
-    run_fresh_ranks(
-        TRAINING / "train.py", *options(text_files, tmp_path / "two", *mixture, "--per_device_train_batch_size=4")
-    )
+    halves = options(text_files, tmp_path / "two", *mixture, "--per_device_train_batch_size=4")
+    run_fresh_ranks("two_cpu_processes.yaml", TRAINING / "train.py", *halves)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     plain = [f"--stateful_config={json.dumps({'num_passes': 2})}"]
     for name, more in (("whole", []), ("accumulated", accumulated)):

@@ -625,7 +625,7 @@ def test_whole_documents_are_learned_in_train_py(context, text_files, tmp_path):
 
 def test_two_processes_make_the_steps_of_one_over_documents(text_files, tmp_path):  # noqa: F811
     train(*parse(on_documents(text_files, tmp_path / "one", "--per_device_train_batch_size=2")))
-    run_fresh_ranks(TRAINING / "train.py", *on_documents(text_files, tmp_path / "two"))
+    run_fresh_ranks("two_cpu_processes.yaml", TRAINING / "train.py", *on_documents(text_files, tmp_path / "two"))
     logs = []
     for name in ("one", "two"):
         state = json.loads((tmp_path / name / "checkpoint-6/trainer_state.json").read_text())

@@ -157,7 +157,7 @@ def test_spread_over_two_processes_every_state_stays_with_its_token(text_files, 
     # Whole batches only: accelerate would fill up what is left over, and tokens be visited twice in an epoch.
     train(*parse(arguments(text_files, tmp_path / "one", "--dataloader_drop_last=true")))
     halves = ["--per_device_train_batch_size=4", "--dataloader_drop_last=true"]
-    run_fresh_ranks(TRAINING / "train.py", *arguments(text_files, tmp_path / "two", *halves))
+    run_fresh_ranks("two_cpu_processes.yaml", TRAINING / "train.py", *arguments(text_files, tmp_path / "two", *halves))
     a, b = (states(tmp_path / name, EPOCHS - 1) for name in ("one", "two"))
     assert torch.equal((a != 0).any(1), (b != 0).any(1)), "the same tokens were visited"
     assert (a - b).abs().max() < 0.1
