@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all test-oldest lint
 
 demo: $(VENV)/demo
 	$(BIN)/python training/compare.py --arms gpt stateful --num_hidden_layers 2 --max_steps 300 --output_dir runs/demo
@@ -17,6 +18,12 @@ test: $(VENV)/test lint
 # With what is slow by nature, and many more examples, which differ from run to run.
 test-all: $(VENV)/test lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "" --hypothesis-profile exhaustive
+
+# The package alone, without its clients, on the oldest versions that it works with. torch 2.8 brings CUDA along: 3 GB.
+test-oldest: $(OLDEST)/test
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadscope $(addprefix tests/test_,$(addsuffix .py, \
+		compat configuration generation gateloop_model modeling_gateloop modeling_stateful_gpt peft remote_code solvers \
+		training unbounded warm_start))
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -32,4 +39,9 @@ $(VENV)/test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[training,peers,clients,test]"
 	$(BIN)/python tests/fetch_transformers_tests.py
+	touch $@
+
+$(OLDEST)/test: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[training,test]"
 	touch $@

@@ -3,6 +3,10 @@
 Importing this package registers its models with transformers' Auto classes.
 """
 
+# Before all else: it says what is too old.
+from .compat import OLDEST  # noqa: F401
+
+# isort: split
 from typing import Any
 
 from transformers import (

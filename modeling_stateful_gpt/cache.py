@@ -11,13 +11,8 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
-from transformers.cache_utils import (
-    STATIC_LAYER_TYPE_MAPPING,
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-)
+
+from .compat import CacheLayerMixin, DynamicLayer, StaticLayer, register_static_layers
 
 
 class AllOrNothingCache(Cache):
@@ -27,9 +22,15 @@ class AllOrNothingCache(Cache):
     """
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens; if there are fewer, all of them."""
+        """Takes back the last `-tokens_to_remove` tokens; if there are fewer, all of them.
+
+        A number above 0 is how many tokens remain, as transformers up to 5.16 asks for.
+        """
+        length = int(self.get_seq_length())
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(tokens_to_remove - length, 0)
         with unchanged_if_refused(self.layers):
-            super().crop(max(tokens_to_remove, -int(self.get_seq_length())))
+            super().crop(max(tokens_to_remove, -length))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         with unchanged_if_refused(self.layers):
@@ -73,50 +74,114 @@ def check_crop(tokens_to_remove: int, recorded: int) -> None:
         )
 
 
-class LastHiddenStateLayer(DynamicSlidingWindowLayer):
-    """The state that the next step feeds back, as one more layer behind the language model's own.
+class StateLayer(CacheLayerMixin):
+    """A state, which has the batch first and does not grow with the sequence.
 
-    It is a sliding window over one token, which gives it almost everything that `generate()` asks of a layer. `keys`
-    holds the states `[B, 1, T, D]` and `values`, `[B, 1, T, 1]`, whether there is one: a sequence that so far is only
-    left padding has none.
+    While the past is recorded, what `crop` needs to take tokens back is kept as well.
     """
 
-    # The masks of a language model with sliding attention are built from the layers that say True here.
-    is_sliding = False
-    # A static cache is static only if all of its layers say so, and its masks depend on it.
     is_compileable = True
-    keys: torch.Tensor
-    values: torch.Tensor
+    is_croppable = True
+    supports_early_init = False
 
-    def __init__(self) -> None:
-        super().__init__(sliding_window=2)
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.record_past = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.seen = 0
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """There is nothing to allocate: the first update brings the state."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
 
     def get_max_length(self) -> int:
         return -1
 
+    def offload(self) -> None:
+        self.each(lambda z: z.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.seen > 0:
+            self.each(lambda z: z.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.each(lambda z: z.index_select(0, beam_idx.to(z.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.each(lambda z: z.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.each(lambda z: z[indices])
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Changes every tensor, all of which have the batch first."""
+        raise NotImplementedError
+
+
+class LastHiddenStateLayer(StateLayer):
+    """The state that the next step feeds back, as one more layer behind the language model's own.
+
+    `keys` holds the states `[B, 1, T, D]` and `values`, `[B, 1, T, 1]`, whether there is one: a sequence that so far is
+    only left padding has none. T is 1, or more while the past is recorded.
+    """
+
+    # The masks of a language model with sliding attention are built from the layers that say True here.
+    is_sliding = False
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+
+    def reset(self) -> None:
+        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Appends what comes after T tokens, `[B, 1, T, …]`."""
+        self.seen += key_states.shape[2]
+        self.device, self.is_initialized = key_states.device, True
+        if not self.record_past:
+            key_states, value_states = key_states[:, :, -1:], value_states[:, :, -1:]
+        elif self.keys is not None:
+            key_states = torch.cat([self.keys, key_states], dim=2)
+            value_states = torch.cat([self.values, value_states], dim=2)
+        # Not a view, which would keep all T of them, and be laid out otherwise after a prompt than after a step.
+        self.keys = key_states.clone(memory_format=torch.contiguous_format)
+        self.values = value_states.clone(memory_format=torch.contiguous_format)
+        return self.keys, self.values
+
     def write(self, states: torch.Tensor, exists: torch.Tensor) -> None:
         """Appends the states `[B, T, D]` in force after each of T tokens, and whether there is one, `[B, T]`."""
         self.update(states[:, None], exists[:, None, :, None].to(states.dtype))
-        # Not a view, which would keep all T of them, and be laid out otherwise after a prompt than after a step.
-        self.keys = self.keys.clone(memory_format=torch.contiguous_format)
-        self.values = self.values.clone(memory_format=torch.contiguous_format)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The state `[B, D]` in force after the last token and whether there is one, `[B]`; None if never written."""
-        if self.get_seq_length() == 0:
+        if self.keys is None:
             return None
         return self.keys[:, 0, -1], self.values[:, 0, -1, 0].bool()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens: all, or at most those recorded since the last crop."""
-        if -tokens_to_remove >= self.cumulative_length:
+        if -tokens_to_remove >= self.seen:
             self.reset()
             return
         last = self.keys.shape[-2] - 1
         check_crop(tokens_to_remove, recorded=last)
         kept = slice(last + tokens_to_remove, last + tokens_to_remove + 1)
         self.keys, self.values = self.keys[:, :, kept], self.values[:, :, kept]
-        self.cumulative_length += tokens_to_remove
+        self.seen += tokens_to_remove
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.keys, self.values = (None if z is None else change(z) for z in (self.keys, self.values))
 
 
 class ScatteredLayer(DynamicLayer):
@@ -204,27 +269,18 @@ def reorder_slots(cache: Cache, slots: torch.Tensor) -> None:
             layer.keys, layer.values = put(layer.keys, keys, filled, dim=2), put(layer.values, values, filled, dim=2)
 
 
-class RecurrentStateLayer(CacheLayerMixin):
-    """The state of a recurrent layer, which has the batch first and does not grow with the sequence.
+class RecurrentStateLayer(StateLayer):
+    """The state of a recurrent layer.
 
     While the past is recorded, it also keeps the inputs of the tokens since the last `crop`, so that `crop` can run the
     recurrence again over those that remain.
     """
 
-    is_compileable = True
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__()
-        self.record_past = False
-        self.reset()
-
     def reset(self) -> None:
+        super().reset()
         self.state: torch.Tensor | None = None
         self.state_before: torch.Tensor | None = None
         self.recur: Callable[..., tuple] | None = None
-        self.seen = 0
         self.recorded: list[dict[str, torch.Tensor]] = []
 
     def update(  # type: ignore[override]
@@ -249,9 +305,6 @@ class RecurrentStateLayer(CacheLayerMixin):
         y, self.state = recur(self.state, **inputs)
         return y
 
-    def activate_past_recording(self) -> None:
-        self.record_past = True
-
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens: all, or at most those recorded since the last crop."""
         if -tokens_to_remove >= self.seen:
@@ -269,36 +322,7 @@ class RecurrentStateLayer(CacheLayerMixin):
                 keep -= inputs["x"].shape[1]
         self.recorded, self.state_before, self.recur = [], None, None
 
-    def lazy_initialization(self, *args, **kwargs) -> None:
-        """There is nothing to allocate: the first update brings the state."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def offload(self) -> None:
-        self.each(lambda z: z.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        if self.state is not None:
-            self.each(lambda z: z.to(self.device, non_blocking=True))
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.each(lambda z: z.index_select(0, beam_idx.to(z.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.each(lambda z: z.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.each(lambda z: z[indices])
-
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Changes every tensor, all of which have the batch first."""
         self.state, self.state_before = (None if z is None else change(z) for z in (self.state, self.state_before))
         self.recorded = [{name: change(z) for name, z in inputs.items()} for inputs in self.recorded]
 
@@ -333,7 +357,7 @@ class RWKVStateLayer(ReversibleStateLayer):
 
 RECURRENT_LAYERS = {layer._layer_type: layer for layer in (GateLoopStateLayer, ReversibleStateLayer, RWKVStateLayer)}
 # As they never grow, they serve a static cache as well.
-STATIC_LAYER_TYPE_MAPPING.update(RECURRENT_LAYERS)
+register_static_layers(RECURRENT_LAYERS)
 
 
 def has_recurrent_layers(config: PreTrainedConfig) -> bool:
@@ -350,6 +374,11 @@ def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
     if not cache.layers:
         cache.layers = DynamicCache(config=config).layers
     layers = [layer for layer in cache.layers if not holds_last_hidden_state(layer)]
+    # For a draft by early exit, transformers before 5.17 makes layers that stay empty.
+    for layer in layers[config.num_hidden_layers :]:
+        if layer.get_seq_length() == 0:
+            layers.remove(layer)
+            cache.layers.remove(layer)
     if len(layers) != config.num_hidden_layers:
         raise ValueError(
             f"The cache has {len(layers)} layers, the model {config.num_hidden_layers}: it is another model's. Make "

@@ -1,10 +1,13 @@
 """The decoder's configuration: the usual fields under their usual names, and one token mixer per layer."""
 
+# Before all else: it says what is too old.
+from .compat import ROPE_INIT_FUNCTIONS, RopeParameters, allow_layer_types
+
+# isort: split
 from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, configuration_utils
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers import PreTrainedConfig
 
 from .adapters import write_gateloop_rows
 from .ranges import check_name, check_ranges, check_rope
@@ -139,8 +142,5 @@ class GateLoopConfig(PreTrainedConfig):
             )
 
 
-# Trainer reads config.json as a PreTrainedConfig when it resumes, and that refuses layer types it has not heard of.
-for layer_type in NAMES["layer_types"]:
-    if layer_type not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
-        configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (layer_type,)
+allow_layer_types(NAMES["layer_types"])
 GateLoopConfig.register_for_auto_class()

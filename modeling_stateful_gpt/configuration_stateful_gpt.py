@@ -1,11 +1,14 @@
 """The configuration of Stateful GPT: a language model's own configuration, and how its state is fed back."""
 
+# Before all else: it says what is too old.
+from .compat import OLDEST  # noqa: F401
+
+# isort: split
 import copy
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .adapters import write_stateful_rows
 from .configuration_gateloop import GateLoopConfig
@@ -38,12 +41,12 @@ READ_THROUGH = (
 """Fields of `text_config` that clients look for at the top level, some as attributes, some in the dictionary."""
 
 
-class TextConfigSpec(SubConfigSpec):
+def make_text_config(model_type: str = GateLoopConfig.model_type, **fields) -> PreTrainedConfig:
     """Any configuration that `AutoConfig` knows. A `GateLoopConfig` is always that of the same code: `AutoConfig` may
     know another copy of it, or none."""
-
-    def get_config_class(self, model_type: str | None = None) -> type[PreTrainedConfig]:
-        return GateLoopConfig if model_type == GateLoopConfig.model_type else super().get_config_class(model_type)
+    if model_type == GateLoopConfig.model_type:
+        return GateLoopConfig(**fields)
+    return AutoConfig.for_model(model_type, **fields)
 
 
 @strict
@@ -83,7 +86,7 @@ class StatefulGPTConfig(PreTrainedConfig):
     """
 
     model_type = "stateful_gpt"
-    sub_configs_defaults = {"text_config": TextConfigSpec(AutoConfig, model_type=GateLoopConfig.model_type)}
+    sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values", "pass_losses", "passes", "residual", "stepped_from", "states"]
 
     # Any: `__post_init__` turns a dict or None into the configuration it stands for.
@@ -116,7 +119,7 @@ class StatefulGPTConfig(PreTrainedConfig):
         at_the_top = {name: kwargs.pop(name) for name in READ_THROUGH if name in kwargs}
         if not isinstance(given, PreTrainedConfig):
             # What follows from other fields (the width of a head, say) then follows from these.
-            self.text_config = {**(given or {}), **at_the_top}
+            self.text_config = make_text_config(**{**(given or {}), **at_the_top})
         super().__post_init__(**kwargs)
         for name, value in at_the_top.items():
             if isinstance(given, dict):

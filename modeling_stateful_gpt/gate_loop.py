@@ -28,7 +28,8 @@ from collections.abc import Callable
 
 import torch
 from torch.nn.functional import pad
-from transformers.utils.generic import maybe_autocast
+
+from .compat import maybe_autocast
 
 try:
     from fla.ops.simple_gla import chunk_simple_gla

@@ -3,7 +3,7 @@
 from functools import wraps
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import Cache, GenerationMixin, PreTrainedConfig
 
 from .cache import has_recurrent_layers
 
@@ -51,6 +51,9 @@ class RecurrentGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+        # As transformers does since 5.17.
+        if generation_config.is_assistant and isinstance(cache := model_kwargs.get("past_key_values"), Cache):
+            cache.activate_past_recording()
 
     @wraps(GenerationMixin._assisted_decoding)  # Whose parameters `generate()` reads.
     def _assisted_decoding(self, *args, **kwargs):

@@ -4,10 +4,10 @@ import copy
 from functools import partial
 from typing import Any
 
-from transformers import Cache, UnbatchedClassifierFreeGuidanceLogitsProcessor
-from transformers.generation.configuration_utils import GenerationMode
+from transformers import Cache
 
 from .cache import last_hidden_state_layer
+from .compat import GenerationMode, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from .generation_gateloop import RecurrentGenerationMixin
 
 EVALUATION = ("decode_mode", "num_passes", "solver")
@@ -37,7 +37,7 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
                 f"use_cache=False, assisted decoding and prompt lookup."
             )
         if cache is not None and self.config.feedback is not None:
-            # The layer must exist before assisted decoding turns past recording on, which it does for drafts above.
+            # The layer must exist before assisted decoding turns past recording on; for drafts, that was above.
             layer = last_hidden_state_layer(cache, self.config.text_config)
             if generation_config.is_assistant:
                 layer.activate_past_recording()

@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -25,13 +24,18 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .cache import fill_in_layers, has_recurrent_layers, refuse_last_hidden_state
+from .compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    LlamaRotaryEmbedding,
+    StaticLayer,
+    apply_rotary_pos_emb,
+    capture_outputs,
+    merge_with_config_defaults,
+    slice_logits_to_keep,
+)
 from .configuration_gateloop import GateLoopConfig
 from .gate_loop import gate_loop, linear_scan
 from .generation_gateloop import RecurrentGenerationMixin, position_limit

@@ -11,7 +11,6 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,11 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging
-from transformers.utils.generic import merge_with_config_defaults
 
 from .cache import (
     append,
@@ -40,6 +36,12 @@ from .cache import (
     reorder_slots,
     scatter,
     snapshot,
+)
+from .compat import (
+    LinearAttentionCacheLayerMixin,
+    checkpointing,
+    merge_with_config_defaults,
+    slice_logits_to_keep,
 )
 from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import DECODE_MODES, StatefulGPTConfig
@@ -387,11 +389,6 @@ def in_order(outputs: list[dict], parts: list[slice], length: int) -> dict:
         whole = (None if p[0] is None else torch.cat(p, dim).index_select(dim, order.to(p[0].device)) for p in layers)
         result[name] = tuple(whole) or None
     return result
-
-
-def checkpointing(language_model: PreTrainedModel) -> list[Any]:
-    """The modules that checkpoint their activations in training mode, and then keep no keys and values."""
-    return [module for module in language_model.modules() if getattr(module, "gradient_checkpointing", False)]
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import torch
 from torch import nn
-from transformers.utils.generic import maybe_autocast
+
+from .compat import maybe_autocast
 
 
 class FullPrecisionLinear(nn.Linear):

@@ -75,6 +75,9 @@ def check_ranges(config: PreTrainedConfig) -> None:
 
 def check_rope(rope_parameters: dict[str, Any], types: Collection[str]) -> None:
     """Raises a ValueError for parameters of rotary positions that are not allowed."""
+    for name, value in rope_parameters.items():
+        if isinstance(value, dict):
+            raise ValueError(f"rope_parameters[{name!r}] is {value}; all layers have the same rotary positions.")
     check_name("rope_parameters['rope_type']", rope_parameters.get("rope_type"), types)
     for name, allowed in ROPE_RANGES.items():
         value = rope_parameters.get(name)

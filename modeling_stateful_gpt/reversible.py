@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.utils.generic import maybe_autocast
 
+from .compat import maybe_autocast
 from .precision import FullPrecisionLinear
 
 FRACTION_BITS = 30

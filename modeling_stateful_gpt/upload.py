@@ -26,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers.utils import logging
 
+from .compat import OLDEST
 from .license import LICENSE
 
 logger = logging.get_logger(__name__)
@@ -67,7 +68,7 @@ TEMPLATE = """---
 ## Use
 
 The model's code is in this repository, so `trust_remote_code=True` is needed; `revision` pins code and weights to what
-this card describes.
+this card describes. The code needs {{ needs }}, or newer.
 
 ```python
 from transformers import {{ auto_class }}{{ ", AutoTokenizer" if has_tokenizer }}
@@ -223,6 +224,7 @@ def make_card(
         repo_id=repo_id,
         revision=revision,
         generated=GENERATED,
+        needs=" and ".join(f"{package} {version}" for package, version in OLDEST.items()),
         description=describe(config),
         auto_class=auto_class,
         has_tokenizer=(folder / "tokenizer_config.json").exists() or "tokenizer_config.json" in present,

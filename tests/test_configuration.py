@@ -79,7 +79,10 @@ def test_a_padding_token_outside_the_vocabulary_is_refused(number):
         ({"rope_type": "yarn", "factor": 2.0, "beta_slow": 0}, r"rope_parameters\['beta_slow'\] is 0"),
         ({"rope_type": "longrope", "short_factor": [1.0, NAN], "long_factor": [1.0] * 2}, r"'short_factor'\] is nan"),
         ({"rope_type": "spiral"}, r"rope_parameters\['rope_type'\] 'spiral' does not exist; choose from .*'default'"),
-        ({"full_attention": {"rope_theta": 1e4}}, r"rope_parameters\['rope_type'\] None does not exist"),
+        (
+            {"full_attention": {"rope_theta": 1e4}},
+            r"rope_parameters\['full_attention'\] is {.*all layers have the same",
+        ),
     ],
 )
 def test_rotary_positions_out_of_their_range_are_refused_by_name(rope, message):

@@ -113,8 +113,8 @@ def test_cropping_what_was_not_recorded_is_refused():
         model(ids, past_key_values=cache)
         with pytest.raises(RuntimeError, match="Cannot remove 7 tokens: 6 were recorded"):
             cache.crop(-7)
-        with pytest.raises(ValueError, match="negative"):
-            cache.crop(3)
+        cache.crop(11)  # So many remain, for transformers up to 5.16.
+        assert cache.get_seq_length() == 11
 
 
 @every_mixture

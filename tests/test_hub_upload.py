@@ -535,6 +535,8 @@ def test_two_tags_of_one_repository_run_their_own_code_in_one_process(hub, check
         torch.testing.assert_close(loaded(IDS).logits, sign * expected)
 
 
-def test_the_card_says_which_servers_refuse_the_model(tmp_path):
+def test_the_card_says_which_servers_refuse_the_model_and_what_it_needs(tmp_path):
     shared().save_pretrained(tmp_path)
-    assert "vLLM and SGLang refuse models of this kind" in str(make_card(tmp_path, "me/mine", None))
+    text = str(make_card(tmp_path, "me/mine", None))
+    assert "vLLM and SGLang refuse models of this kind" in text
+    assert "The code needs torch 2.8 and transformers 5.14, or newer." in text

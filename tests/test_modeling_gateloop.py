@@ -118,7 +118,7 @@ def test_gradient_checkpointing_changes_no_gradient(layers):
     for checkpointing in (False, True):
         model = gpt(hidden_dropout=0.1, attention_dropout=0.1, **LAYERS[layers]).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         torch.manual_seed(1)
         model(tokens(2, 9), labels=tokens(2, 9), use_cache=False).loss.backward()
         gradients.append([p.grad for p in model.parameters()])

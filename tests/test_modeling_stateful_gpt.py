@@ -625,7 +625,7 @@ def test_token_by_token_every_position_has_a_dropout_mask_of_its_own():
 
 def test_token_by_token_training_refuses_checkpointed_activations():
     model, ids = train(training_solver="sequential"), tokens(2, 9)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"Set gradient_checkpointing=False \(trl's trainers"):
         model(ids, labels=ids, use_cache=False)
 
@@ -657,7 +657,7 @@ def test_checkpointed_activations_change_neither_what_is_trained_nor_its_gradien
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.2
         if checkpointed:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         torch.manual_seed(1)
         out = model(ids, attention_mask=mask, labels=targets(ids, mask), use_cache=False)
         out.loss.backward()
@@ -963,7 +963,7 @@ def test_gradient_checkpointing_changes_no_gradient(share):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.2
         if checkpointed:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         torch.manual_seed(1)
         model(tokens(2, 9), labels=tokens(2, 9), use_cache=False).loss.backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -170,7 +170,7 @@ def test_what_looks_back_at_every_token_is_refused():
 
 def test_gradient_checkpointing_which_leaves_out_the_cache_is_refused():
     model = decoder("gateloop")
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="leave out gradient checkpointing"):
         backward_through_time(model, tokens(1, 5), tokens(1, 5), 2)
 

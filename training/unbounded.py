@@ -57,6 +57,7 @@ from modeling_stateful_gpt.cache import (
     RecurrentStateLayer,
     ReversibleStateLayer,
 )
+from modeling_stateful_gpt.compat import checkpointing
 from modeling_stateful_gpt.reversible import Words
 
 logger = logging.get_logger(__name__)
@@ -183,7 +184,7 @@ def check_recurrent(model: PreTrainedModel) -> None:
             f"These look back at every token, or are unknown: layers {', '.join(wrong)}. Train this model on blocks of "
             f"text."
         )
-    if getattr(model, "is_activation_checkpointing", False):
+    if checkpointing(model):
         raise ValueError("Unbounded context computes again whatever it needs: leave out gradient checkpointing.")
     if has_feedback(model) and config.training_solver != "sequential":
         raise ValueError(
