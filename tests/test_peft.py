@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from fresh import run_fresh
+from packaging.version import Version
 from safetensors.torch import load_file
 from tiny import BACKBONES, FUSIONS, JACOBI, few, stateful, text_config, tokens
 from transformers import AutoModelForCausalLM
@@ -390,6 +392,7 @@ STRANGER = """
 import json, sys
 sys.modules["modeling_stateful_gpt"] = None  # any import of the package now fails
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 order, *folders = sys.argv[1:]
 if order == "peft first":
@@ -432,6 +435,8 @@ def test_saved_adapters_load_onto_a_base_with_code_where_the_package_cannot_be_i
     run_fresh("-c", STRANGER, order, *folders, cwd=tmp_path)
     for name in NAMES:
         seen, text, targets = torch.load(tmp_path / name / "seen.pt")
+        if Version(transformers.__version__) < Version("5.18") and name != "hybrid":
+            seen = seen[:2]  # Its own `load_adapter` loses `modules_to_save` there, and reports so.
         for other in seen:
             torch.testing.assert_close(other, logits(models[name], ids), **CLOSE)
         assert text.equal(generated(models[name], ids))
