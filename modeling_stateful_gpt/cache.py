@@ -43,14 +43,18 @@ class AllOrNothingCache(Cache):
 
 @contextmanager
 def unchanged_if_refused(layers: list[CacheLayerMixin]) -> Iterator[None]:
-    """Puts the layers back on an error inside, which may replace their tensors but not write to them."""
+    """Puts the layers back on an error inside, which may replace their tensors but write only to counts."""
     before = [dict(vars(layer)) for layer in layers]
+    tensors = [z for contents in before for z in contents.values() if isinstance(z, torch.Tensor)]
+    counts = [(z, z.clone()) for z in tensors if z.ndim == 0]
     try:
         yield
     except BaseException:
         for layer, contents in zip(layers, before, strict=True):
             vars(layer).clear()
             vars(layer).update(contents)
+        for count, number in counts:
+            count.copy_(number)
         raise
 
 

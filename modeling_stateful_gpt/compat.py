@@ -5,6 +5,9 @@ release may move or rename are looked up here, and nowhere else. A checkpoint's 
 read, so this file comes first and says what is too old.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,17 +31,22 @@ def check_versions(installed: dict[str, str]) -> None:
 check_versions({"torch": torch.__version__, "transformers": transformers.__version__})
 
 # ruff: noqa: E402
-from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor, cache_utils, configuration_utils
+from transformers import Cache, UnbatchedClassifierFreeGuidanceLogitsProcessor, cache_utils, configuration_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls the cache of a model, as an argument and in its output: `cache` since 5.24."""
+
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
+    "CACHE",
     "ROPE_INIT_FUNCTIONS",
     "CacheLayerMixin",
     "DynamicLayer",
@@ -48,15 +56,42 @@ __all__ = [
     "RopeParameters",
     "StaticLayer",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "accept_cache",
     "allow_layer_types",
     "apply_rotary_pos_emb",
+    "cache_argument",
     "capture_outputs",
     "checkpointing",
+    "create_mask",
     "maybe_autocast",
     "merge_with_config_defaults",
     "register_static_layers",
     "slice_logits_to_keep",
 ]
+
+
+def accept_cache(forward: Callable) -> Callable:
+    """Lets `forward`, whose cache is `past_key_values`, be called by either of its names, whatever the version."""
+
+    @functools.wraps(forward)
+    def by_either_name(*args, **kwargs):
+        if "cache" in kwargs:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("cache and past_key_values are two names of one argument; pass one of them.")
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return forward(*args, **kwargs)
+
+    return by_either_name
+
+
+def cache_argument(forward: Callable) -> str | None:
+    """By which name the forward of a model takes its cache; None if by neither."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+def create_mask(past_key_values: Cache | None, **kwargs) -> Any:
+    return create_causal_mask(**{CACHE: past_key_values}, **kwargs)
 
 
 def allow_layer_types(names: tuple[str, ...]) -> None:

@@ -50,7 +50,7 @@ class GateLoopConfig(PreTrainedConfig):
     """
 
     model_type = "gateloop"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 258
     hidden_size: int = 256

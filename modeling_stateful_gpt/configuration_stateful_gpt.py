@@ -87,7 +87,9 @@ class StatefulGPTConfig(PreTrainedConfig):
 
     model_type = "stateful_gpt"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "pass_losses", "passes", "residual", "stepped_from", "states"]
+    keys_to_ignore_at_inference = [
+        *GateLoopConfig.keys_to_ignore_at_inference, "pass_losses", "passes", "residual", "stepped_from", "states",
+    ]  # fmt: skip
 
     # Any: `__post_init__` turns a dict or None into the configuration it stands for.
     text_config: Any = None

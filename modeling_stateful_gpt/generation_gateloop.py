@@ -6,6 +6,7 @@ import torch
 from transformers import Cache, GenerationMixin, PreTrainedConfig
 
 from .cache import has_recurrent_layers
+from .compat import CACHE
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
@@ -52,7 +53,7 @@ class RecurrentGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         # As transformers does since 5.17.
-        if generation_config.is_assistant and isinstance(cache := model_kwargs.get("past_key_values"), Cache):
+        if generation_config.is_assistant and isinstance(cache := model_kwargs.get(CACHE), Cache):
             cache.activate_past_recording()
 
     @wraps(GenerationMixin._assisted_decoding)  # Whose parameters `generate()` reads.

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Cache
 
 from .cache import last_hidden_state_layer
-from .compat import GenerationMode, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from .compat import CACHE, GenerationMode, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from .generation_gateloop import RecurrentGenerationMixin
 
 EVALUATION = ("decode_mode", "num_passes", "solver")
@@ -26,7 +26,7 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        cache: Cache | None = model_kwargs.get("past_key_values")
+        cache: Cache | None = model_kwargs.get(CACHE)
         decode_mode = model_kwargs.get("decode_mode") or self.config.decode_mode
         cut = generation_config.prefill_chunk_size is not None or generation_config.use_cache is False
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION

@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -29,10 +28,13 @@ from transformers.utils import can_return_tuple
 from .cache import fill_in_layers, has_recurrent_layers, refuse_last_hidden_state
 from .compat import (
     ALL_ATTENTION_FUNCTIONS,
+    CACHE,
     LlamaRotaryEmbedding,
     StaticLayer,
+    accept_cache,
     apply_rotary_pos_emb,
     capture_outputs,
+    create_mask,
     merge_with_config_defaults,
     slice_logits_to_keep,
 )
@@ -87,7 +89,7 @@ class Attention(nn.Module):
     @staticmethod
     def create_mask(config: GateLoopConfig, **kwargs) -> torch.Tensor | None:
         """What this mixer needs to know of padding, packing and the past, made once per forward and layer type."""
-        return create_causal_mask(config=config, layer_idx=config.layer_types.index("full_attention"), **kwargs)
+        return create_mask(config=config, layer_idx=config.layer_types.index("full_attention"), **kwargs)
 
     def __init__(self, config: GateLoopConfig, layer_idx: int):
         super().__init__()
@@ -528,6 +530,7 @@ class GateLoopDecoderLayer(GradientCheckpointingLayer):
         self.mlp = look_up(MLPS, config.mlp_type, "mlp_type")(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    @accept_cache
     def forward(self, hidden_states: torch.Tensor, masks: dict, **kwargs) -> torch.Tensor:
         mixed, _ = self.mixer(self.mixer_norm(hidden_states), mask=masks[self.layer_type], **kwargs)
         hidden_states = hidden_states + self.dropout(mixed)
@@ -540,7 +543,7 @@ class GateLoopPreTrainedModel(HubModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GateLoopDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -684,6 +687,7 @@ class GateLoopModel(GateLoopPreTrainedModel):
         self._keep_in_fp32_modules = sorted({precise[kind] for kind in config.layer_types if kind in precise})
         self.post_init()
 
+    @accept_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -735,10 +739,10 @@ class GateLoopModel(GateLoopPreTrainedModel):
                 masks=masks,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},  # By this name it is left out where activations are checkpointed.
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
 
 class NextTokenLabels:
@@ -762,6 +766,7 @@ class GateLoopForCausalLM(NextTokenLabels, RecurrentGenerationMixin, GateLoopPre
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @accept_cache
     @can_return_tuple
     def forward(
         self,
@@ -793,7 +798,7 @@ class GateLoopForCausalLM(NextTokenLabels, RecurrentGenerationMixin, GateLoopPre
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -38,7 +38,10 @@ from .cache import (
     snapshot,
 )
 from .compat import (
+    CACHE,
     LinearAttentionCacheLayerMixin,
+    accept_cache,
+    cache_argument,
     checkpointing,
     merge_with_config_defaults,
     slice_logits_to_keep,
@@ -281,8 +284,8 @@ class LanguageModelRecurrence:
             inputs_embeds=inputs,
             attention_mask=attention_mask,
             position_ids=self.position_ids[:, positions],
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self.model.cache_argument: cache},
             **{**self.kwargs, **{name: z[:, positions] for name, z in self.per_token.items()}},
         )
         self.output = {name: output.get(name) for name in ("hidden_states", "attentions")}
@@ -352,8 +355,8 @@ class Alignment:
             output.attentions = tuple(
                 a if a is None else self.restore(self.restore(a, 2), 3) for a in output.attentions
             )
-        if output.past_key_values is not None:
-            reorder_slots(output.past_key_values, self.inverse)
+        if (cache := getattr(output, CACHE)) is not None:
+            reorder_slots(cache, self.inverse)
 
 
 def per_token(kwargs: dict, batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -511,7 +514,7 @@ class StatefulGPTPreTrainedModel(HubModel):
     config_class = StatefulGPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     # A counter of batches, which works on any device and which no device map names.
     _no_placement_params = ["batches_seen"]
     # What is really supported, the language model says when it is built.
@@ -556,12 +559,14 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             self.language_model = AutoModel.from_config(config.text_config)
         if config.feedback is not None:
             refuse_unsupported(self.language_model)
+        self.cache_argument = cache_argument(self.language_model.forward) or CACHE
         self.feedback = FUSIONS[config.feedback](config.hidden_size) if config.feedback is not None else None
         self.gradient_checkpointing = False
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
         self.probed: dict[tuple, bool] = {}
         self.post_init()
 
+    @accept_cache
     @merge_with_config_defaults
     @can_return_tuple
     def forward(
@@ -617,13 +622,13 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{self.cache_argument: past_key_values},
                 **kwargs,
             )
             return StatefulGPTOutputWithPast(
                 last_hidden_state=outputs.last_hidden_state,
-                past_key_values=outputs.past_key_values,
+                **{CACHE: getattr(outputs, CACHE)},
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
             )
@@ -657,7 +662,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         recurrence.commit(inputs_embeds if self.config.feedback_source == "embedding" else solution.hidden_states)
         output = StatefulGPTOutputWithPast(
             last_hidden_state=last_hidden_state,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             **recurrence.output,
             pass_hidden_states=solution.pass_hidden_states if training else None,
             passes=None if training else solution.passes,
@@ -817,8 +822,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
 def refuse_unsupported(language_model: PreTrainedModel) -> None:
     """Raises a ValueError for a language model around which the recurrence could not be evaluated correctly."""
     config, name = language_model.config, type(language_model).__name__
-    accepted = set(inspect.signature(language_model.forward).parameters)
-    if not {"past_key_values", "inputs_embeds", "attention_mask", "position_ids"} <= accepted:
+    needed = {cache_argument(language_model.forward), "inputs_embeds", "attention_mask", "position_ids"}
+    if not needed <= set(inspect.signature(language_model.forward).parameters):
         raise ValueError(f"{name} cannot take feedback: its forward needs inputs_embeds, position_ids and a Cache.")
     if getattr(config, "is_decoder", None) is False:
         raise ValueError(f"{name} is not causal (config.is_decoder is False); feedback needs a decoder.")
@@ -900,6 +905,7 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
             model = cls(StatefulGPTConfig(**fields))
         model.lm_head = head
         model.model.language_model = backbone.base_model
+        model.model.cache_argument = cache_argument(backbone.base_model.forward) or CACHE
         model.model.batches_seen = torch.zeros((), dtype=torch.int64, device=backbone.device)
         if feedback is not None:
             fusion = FUSIONS[feedback](model.config.hidden_size)
@@ -922,6 +928,7 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
                 )
         return model.train(training)
 
+    @accept_cache
     @can_return_tuple
     def forward(
         self,
@@ -969,7 +976,7 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
         return StatefulGPTCausalLMOutputWithPast(
             loss=torch.stack(losses).mean() if losses else None,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             pass_losses=torch.stack(losses).detach() if every_pass else None,

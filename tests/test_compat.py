@@ -10,10 +10,11 @@ import torch
 from fresh import run_fresh
 from packaging.requirements import Requirement
 from packaging.version import Version
-from tiny import tokens
+from tiny import BACKBONES, shared, tokens
+from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
-from modeling_stateful_gpt.compat import OLDEST, check_versions, slice_logits_to_keep
+from modeling_stateful_gpt.compat import CACHE, OLDEST, cache_argument, check_versions, slice_logits_to_keep
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,3 +103,33 @@ def test_the_positions_that_are_asked_for_are_kept(kept, positions):
 def test_the_positions_of_a_mask_are_kept():
     states, mask = torch.randn(2, 3, 4), torch.tensor([[True, False, True], [False, True, False]])
     assert torch.equal(slice_logits_to_keep(states, mask), torch.stack([states[0, 0], states[0, 2], states[1, 1]]))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_cache_may_be_given_by_either_of_its_names(name):
+    ids = tokens(2, 7)
+    for model in (shared(name), shared(name).model, shared(name, feedback=None)):
+        with torch.no_grad():
+            expected, *others = (
+                model(ids[:, 5:], **{argument: model(ids[:, :5], use_cache=True).past_key_values})[0]
+                for argument in ("past_key_values", "past_key_values", "cache")
+            )
+        assert all(torch.equal(other, expected) for other in others)
+        cache = DynamicCache(config=model.config)
+        with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
+            model(ids, cache=cache, past_key_values=cache)
+
+
+def test_a_language_model_is_given_its_cache_by_the_name_it_has():
+    class Renamed(LlamaModel):
+        def forward(self, cache=None, **kwargs):
+            assert kwargs.pop("past_key_values", None) is None
+            return super().forward(**{CACHE: cache}, **kwargs)
+
+    backbone = LlamaForCausalLM(BACKBONES["llama"]())
+    backbone.model.__class__ = Renamed
+    model = StatefulGPTForCausalLM.from_backbone(backbone.eval(), feedback="glu")
+    ids = tokens(2, 7)
+    whole = model(ids, solver="sequential").logits
+    torch.testing.assert_close(model(ids, solver="jacobi").logits, whole, atol=1e-3, rtol=1e-3)
+    assert cache_argument(Renamed.forward) == "cache" and cache_argument(torch.nn.Linear.forward) is None

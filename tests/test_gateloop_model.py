@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_generation import MODES, NEW, generate
 from tiny import LLAMA_LIKE, few, tokens
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTForCausalLM
 
@@ -133,19 +134,32 @@ def test_a_crop_that_is_refused_has_cut_nothing_and_one_of_everything_needs_no_r
         torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected)
 
 
+@pytest.mark.skipif(
+    not hasattr(StaticLayer, "crop"), reason="before transformers 5.24, static caches cannot be cropped"
+)
+@pytest.mark.parametrize("mixture", ["gateloop first", "attention first"])
+def test_a_static_cache_is_cropped_exactly(mixture):
+    model, ids = decoder(mixture), tokens(2, 8)
+    with torch.no_grad():
+        expected, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=10)
+        cache.activate_past_recording()
+        model(ids[:, :6], past_key_values=cache)
+        cache.crop(-2)
+        torch.testing.assert_close(model(ids[:, 4:], past_key_values=cache).logits, expected[:, 4:])
+
+
 @pytest.mark.parametrize("mixture", ["gateloop first", "attention first"])
 def test_what_a_static_cache_cannot_do_changes_no_layer(mixture):
     model, ids = decoder(mixture), tokens(2, 8)
     with torch.no_grad():
         expected, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=10)
-        cache.activate_past_recording()
         model(ids[:, :6], past_key_values=cache)
         for attempt in (
             lambda: cache.crop(-1),
             lambda: cache.batch_select_indices(torch.tensor([0])),
             lambda: cache.batch_repeat_interleave(2),
         ):
-            with pytest.raises(AttributeError, match="StaticLayer"):
+            with pytest.raises((AttributeError, RuntimeError), match="StaticLayer|0 were recorded since the last crop"):
                 attempt()
         with pytest.raises(ValueError, match="has room for 10 tokens; 6 are in it, and 5 more do not fit"):
             model(tokens(2, 5), past_key_values=cache)

@@ -14,7 +14,7 @@ from fresh import run_fresh
 from hub_server import Commit, HubServer, online
 from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from test_clients import HEADS, learned, prompt
-from tiny import few, shared
+from tiny import few, import_peft, shared
 from train import RunError, parse, train
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -391,7 +391,7 @@ def test_saving_publishes_as_well(hub, tmp_path):
 
 
 def test_transformers_own_adapters_are_published_alone(hub):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
+    peft = import_peft()
     model = copy.deepcopy(learned("stateful"))
     model.add_adapter(peft.LoraConfig(target_modules="all-linear"))
     model.push_to_hub("me/adapter")
@@ -509,7 +509,7 @@ print(json.dumps(model(torch.tensor([[72, 101, 108, 108, 111]])).logits.tolist()
 
 
 def test_an_adapter_is_published_for_a_published_base(hub, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
+    peft = import_peft()
     learned("stateful").push_to_hub("me/base")
     base = AutoModelForCausalLM.from_pretrained("me/base")
     config = peft.LoraConfig(target_modules="all-linear", modules_to_save=["feedback"], init_lora_weights=False)

@@ -10,12 +10,12 @@ import transformers
 from fresh import run_fresh
 from packaging.version import Version
 from safetensors.torch import load_file
-from tiny import BACKBONES, FUSIONS, JACOBI, few, stateful, text_config, tokens
+from tiny import BACKBONES, FUSIONS, JACOBI, few, import_peft, stateful, text_config, tokens
 from transformers import AutoModelForCausalLM
 
 from modeling_stateful_gpt import GateLoopForCausalLM, StatefulGPTForCausalLM
 
-peft = pytest.importorskip("peft", reason="peft is not installed")
+peft = import_peft()
 
 CLOSE = {"atol": 1e-9, "rtol": 1e-9}
 NAMES = ["hybrid", "stateful", "stateful around hybrid", "stateful around gpt2", "stateful around llama"]

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterable
 from functools import cache
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.version import Version
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers.dependency_versions_table import deps
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
 
@@ -92,3 +96,13 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return {"atol": 1e-10, "rtol": 1e-10} if dtype == torch.float64 else {"atol": 2e-4, "rtol": 2e-4}
+
+
+def import_peft() -> ModuleType:
+    """peft; the test is skipped without it, or where transformers asks for a newer one."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    needed = Requirement(deps["peft"])
+    if Version(peft.__version__) not in needed.specifier:
+        reason = f"this transformers works with {needed}; peft {peft.__version__} is installed"
+        pytest.skip(reason, allow_module_level=True)
+    return peft
