@@ -4,9 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-all test-oldest lint
+.PHONY: demo test test-all test-oldest test-newest lint
 
 demo: $(VENV)/demo
 	$(BIN)/python training/compare.py --arms gpt stateful --num_hidden_layers 2 --max_steps 300 --output_dir runs/demo
@@ -19,9 +18,10 @@ test: $(VENV)/test lint
 test-all: $(VENV)/test lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "" --hypothesis-profile exhaustive
 
-# The package alone, without its clients, on the oldest versions that it works with. torch 2.8 brings CUDA along: 3 GB.
-test-oldest: $(OLDEST)/test
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadscope $(addprefix tests/test_,$(addsuffix .py, \
+# The package without its clients, on the oldest versions that it works with, and on the newest that there are. Some of
+# these bring CUDA along: 3 to 6 GB.
+test-oldest test-newest: test-%: .venv-%/test
+	.venv-$*/bin/python -m pytest -n 2 --dist loadscope $(addprefix tests/test_,$(addsuffix .py, \
 		compat configuration generation gateloop_model modeling_gateloop modeling_stateful_gpt peft remote_code solvers \
 		training unbounded warm_start))
 
@@ -41,7 +41,12 @@ $(VENV)/test: pyproject.toml constraints.txt
 	$(BIN)/python tests/fetch_transformers_tests.py
 	touch $@
 
-$(OLDEST)/test: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[training,test]"
+.venv-oldest/test: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[training,test]"
+	touch $@
+
+.venv-newest/test: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[training,test]"
 	touch $@

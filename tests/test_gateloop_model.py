@@ -159,7 +159,7 @@ def test_what_a_static_cache_cannot_do_changes_no_layer(mixture):
             lambda: cache.batch_select_indices(torch.tensor([0])),
             lambda: cache.batch_repeat_interleave(2),
         ):
-            with pytest.raises((AttributeError, RuntimeError), match="StaticLayer|0 were recorded since the last crop"):
+            with pytest.raises((AttributeError, RuntimeError), match=r"StaticLayer|0 were recorded since"):
                 attempt()
         with pytest.raises(ValueError, match="has room for 10 tokens; 6 are in it, and 5 more do not fit"):
             model(tokens(2, 5), past_key_values=cache)
