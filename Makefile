@@ -30,23 +30,24 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Python compiles what is imported; pip would compile all that it installs, which takes as long as the rest.
 $(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[training]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[training]"
 	touch $@
 
 $(VENV)/test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[training,peers,clients,test]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[training,peers,clients,test]"
 	$(BIN)/python tests/fetch_transformers_tests.py
 	touch $@
 
 .venv-oldest/test: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[training,test]"
+	$(@D)/bin/pip install --quiet --no-compile --constraint constraints-oldest.txt --editable ".[training,test]"
 	touch $@
 
 .venv-newest/test: pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[training,test]"
+	$(@D)/bin/pip install --quiet --no-compile --upgrade --upgrade-strategy eager --editable ".[training,test]"
 	touch $@
