@@ -9,8 +9,10 @@ command again goes on from there. The output folder then holds a checkpoint that
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -24,13 +26,28 @@ import torch
 from accelerate.utils import broadcast_object_list
 from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, sample_blocks, token_blocks
 from datasets import Dataset
+from errors import RunError
 from huggingface_hub import whoami
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model
 from plot import draw
 from records import write_json
-from safetensors import SafetensorError
+from runs import (
+    LOCK,
+    delete_checkpoints,
+    fault,
+    is_empty,
+    last_complete_checkpoint,
+    locked,
+    read_object,
+    saving,
+    seal,
+    size_of_checkpoint,
+    tensors_checksum,
+)
+from torch import nn
+from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoModelForCausalLM,
@@ -46,7 +63,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import HubStrategy, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from unbounded import CONTEXTS, Documents, WholeDocuments, check_arguments, check_recurrent, pad
 from warm_start import StatesMissing, StateStore, WarmStart, Windows, collate, losses_from_states, saved_state
@@ -186,6 +203,11 @@ AT_LEAST = {
     "weight_decay": 0,
     "max_grad_norm": 0,
     "num_train_epochs": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "label_smoothing_factor": 0,
+    "dataloader_num_workers": 0,
     "eval_steps": 0,
     "gradient_accumulation_steps": 1,
     "per_device_train_batch_size": 1,
@@ -258,6 +280,11 @@ class TrainArguments(TrainingArguments):
         for name, least in AT_LEAST.items():
             if not least <= getattr(self, name) < math.inf:  # Nor may it be no number.
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {least}, and finite.")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be less than 1.")
+        if (metric := getattr(self, "metric_for_best_model")) not in (None, "loss", "eval_loss"):  # noqa: B009
+            raise ValueError(f"--metric_for_best_model is {metric}; there is eval_loss alone.")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"--max_steps is {self.max_steps}; it must be at least 1, or -1 for another end.")
         if self.seed not in SEEDS or (self.data_seed is not None and self.data_seed not in SEEDS):
@@ -288,10 +315,6 @@ class TrainArguments(TrainingArguments):
         super().__post_init__()
 
 
-class RunError(ValueError):
-    """The run cannot be started as asked; the message says what to do."""
-
-
 class SaveOnInterrupt(TrainerCallback):
     """The first Ctrl-C ends the run after the current step, with a checkpoint; the second one ends it at once."""
 
@@ -315,6 +338,22 @@ class SaveOnInterrupt(TrainerCallback):
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+
+
+class StopAtWhatIsNoNumber(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if args.fp16:  # Its loss is scaled, and steps that overflow are left out.
+            return
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if gradients and not get_total_norm(gradients, math.inf).isfinite():
+            raise RunError(no_number("gradient", state.global_step + 1))
+
+
+def no_number(what: str, step: int) -> str:
+    return (
+        f"The {what} of step {step} is not finite, and training cannot go on from there. Lower --learning_rate, or set "
+        f"--max_grad_norm and --warmup_steps. The checkpoints of before are kept."
+    )
 
 
 class StopWhenNothingImproves(EarlyStoppingCallback):
@@ -366,6 +405,8 @@ class SteppingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.before = before or {"tokens": 0, "seconds": 0.0}
         self.add_callback(TrainingClock(self.args.max_seconds))
+        self.add_callback(StopAtWhatIsNoNumber())
+        self.args.logging_nan_inf_filter = False  # It would log another loss in place of one that is no number.
         if self.label_smoother is not None:
             # Compiled, a model is none of those for which Trainer shifts the labels.
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
@@ -388,7 +429,58 @@ class SteppingTrainer(Trainer):
     def log(self, logs: dict, start_time: float | None = None) -> None:
         logs["tokens"] = self.before["tokens"] + self.state.num_input_tokens_seen
         logs["train_seconds"] = round(self.before["seconds"] + self.clock.seconds, 3)
+        if not math.isfinite(logs.get("eval_loss", 0)):
+            raise RunError(no_number("validation loss", self.state.global_step))
         super().log(logs, start_time)
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train, as where a run was killed after its last step."""
+        seconds_over = self.args.max_seconds is not None and self.clock.seconds >= self.args.max_seconds
+        return self.state.global_step >= self.state.max_steps or seconds_over
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.is_finished():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        if num_items_in_batch is not None:
+            # The loss of a batch in which nothing is asked is 0, and not 0 / 0.
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args, **kwargs) -> None:
+        if not tr_loss.isfinite():
+            raise RunError(no_number("loss", self.state.global_step))
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
+        if not get_total_norm(list(model.parameters()), math.inf).isfinite():
+            raise RunError(no_number("update", self.state.global_step))
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # None is deleted before this one is complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with saving(checkpoint, size_of_checkpoint(model)):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal(checkpoint)
+        except RunError:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            delete_checkpoints(folder, limit, self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # Weights that are tied to others are not saved.
+        tied = set(self.model.all_tied_weights_keys)
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         return super().prediction_step(model, {**inputs, **stepped(self.model)}, *args, **kwargs)
@@ -439,6 +531,8 @@ class TrainingData:
     train_documents: list[str]
     validation_documents: list[str]
     report: dict
+    checksum: str
+    """Of the text."""
 
 
 def prepare_data(arguments: DataArguments, model_name_or_path: str | None = None) -> TrainingData:
@@ -472,6 +566,7 @@ def prepare_data(arguments: DataArguments, model_name_or_path: str | None = None
         train_documents=corpus.train,
         validation_documents=corpus.validation,
         report={**corpus.report, "bytes_per_token": bytes_per_token(corpus.validation, tokenizer)},
+        checksum=hashlib.sha256("\0".join([*corpus.train, *corpus.validation]).encode()).hexdigest(),
     )
 
 
@@ -688,6 +783,11 @@ def load_model(path: str) -> PreTrainedModel:
         raise RunError(
             f"The checkpoint {path} cannot be loaded ({what}). Download or save it again, or go on from an earlier one."
         ) from error
+    if lost := [name for name, z in model.named_parameters() if not z.isfinite().all()]:
+        raise RunError(
+            f"The checkpoint {path} has weights that are not finite: {', '.join(lost[:3])}"
+            f"{' …' if len(lost) > 3 else ''}. Download or save it again, or go on from an earlier one."
+        )
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise RunError(
@@ -724,11 +824,6 @@ def matched_model(decoder: GateLoopConfig, feedback: dict | None) -> PreTrainedM
     return build()
 
 
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The path of the last checkpoint that was written to its end, before a run was killed perhaps."""
-    return next(filter(saved_state, reversed(sort_checkpoints(str(folder)))), None)
-
-
 def check_place(folder: Path) -> None:
     """Raises a RunError where no folder can be."""
     try:
@@ -744,21 +839,23 @@ def check_folder(folder: Path, settings: dict) -> None:
     check_place(folder)
     marker = folder / "run.json"
     if marker.exists():
-        try:
-            before = json.loads(marker.read_text())
-        except ValueError as error:
-            raise RunError(f"{marker} is damaged; use another --output_dir.") from error
+        before = read_object(marker)
         # A run begun before an option was there did what is its default now; of transformers' options, what was not
         # noted is taken to be as it is.
         before = {**settings, **asdict(ModelArguments()), **asdict(DataArguments()), **before}
         changed = [name for name in settings if before.get(name) != settings[name]]
+        if read := sorted(set(changed) & {"text", "base_weights"}):
+            raise RunError(
+                f"{folder} holds a run of another {' and '.join(read).replace('_', ' ')}: what was read for it has "
+                f"changed since it was begun. To start anew, use another --output_dir."
+            )
         if changed:
             differences = ", ".join(f"{n}: {before.get(n)!r} then, {settings[n]!r} now" for n in changed)
             raise RunError(
                 f"{folder} holds a run with other settings ({differences}). To resume it, use the same settings; to "
                 f"start anew, use another --output_dir."
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif not is_empty(folder):
         raise RunError(f"{folder} holds something that is not a run of this command; use another --output_dir.")
 
 
@@ -808,10 +905,10 @@ def train(
     folder = Path(training_arguments.output_dir)
     results_file = folder / "results.json"
     settings = settings_of(model_arguments, data_arguments, training_arguments)
-    if (asked := training_arguments.resume_from_checkpoint) and not saved_state(asked):
+    if (asked := training_arguments.resume_from_checkpoint) and (why := fault(Path(asked))):
         raise RunError(
-            f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no readable trainer_state.json); "
-            f"leave it out to go on from the last complete one."
+            f"--resume_from_checkpoint {asked} is no complete checkpoint ({why}); leave it out to go on from the last "
+            f"complete one."
         )
     # Trainer would push, at every save, all that is in the folder; what is pushed here is a complete repository, once.
     push, training_arguments.push_to_hub = training_arguments.push_to_hub, False
@@ -823,64 +920,124 @@ def train(
     main_process = training_arguments.process_index == 0
     if results_file.exists():
         print(f"{folder} is finished.")
-        results = json.loads(results_file.read_text())
+        results = read_object(results_file)
         if push and main_process and "pushed" not in results:
             publish(folder, results, training_arguments)
         return results
 
+    with contextlib.ExitStack() as held:
+        trainer, data, checkpoint = begin(
+            model_arguments, data_arguments, training_arguments, settings, prepared, callbacks, held
+        )
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except StatesMissing as error:
+            raise RunError(str(error)) from error
+        interrupt = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SaveOnInterrupt))
+        if interrupt.interrupted:
+            print(f"Stopped at step {trainer.state.global_step}. Run the same command again to resume.")
+            return None
+        results = finish(trainer, model_arguments, data.report)
+        (folder / LOCK).unlink(missing_ok=True)
+        if main_process and push:
+            publish(folder, results, training_arguments)
+        return results
+
+
+def begin(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training_arguments: TrainArguments,
+    settings: dict,
+    prepared: Callable[[], TrainingData] | None,
+    callbacks: Sequence[TrainerCallback],
+    held: contextlib.ExitStack,
+) -> tuple[SteppingTrainer, TrainingData, str | None]:
+    """Makes all that the run needs, then takes the output folder, which is given back when `held` is closed, and notes
+    the run's settings in it. Returns the trainer, the data and the checkpoint to go on from.
+
+    Raises:
+        RunError: what cannot be trained as asked, or an output folder with something else; nothing is left then.
+        DataError: see `prepare_data`.
+    """
+    folder = Path(training_arguments.output_dir)
+    main_process = training_arguments.process_index == 0
+    new = is_empty(folder)
     with training_arguments.main_process_first():
-        # Bad input must leave nothing behind, so everything is made before the folder is.
         data = prepared() if prepared else prepare_data(data_arguments, model_arguments.model_name_or_path)
         set_seed(training_arguments.seed)
         model = checked_model(model_arguments, data_arguments, training_arguments, data.tokenizer)
+        settings["text"] = data.checksum
+        if model_arguments.model_name_or_path:
+            settings["base_weights"] = tensors_checksum(dict(model.named_parameters()))
         if main_process:
+            check_folder(folder, settings)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise RunError(f"{error}; use another --output_dir.") from error
-            write_json(folder / "run.json", settings)
+            held.enter_context(locked(folder))
+            check_folder(folder, settings)  # From now on, nobody else writes there.
+        checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(folder)
     if main_process:
         print(json.dumps(data.report, indent=1))
         print(f"{type(model).__name__}: {count_parameters(model):,} parameters")
-
-    checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(folder)
     if checkpoint:
         print(f"Resuming from {checkpoint}.")
         # It would count once more for --patience.
         training_arguments.eval_on_start = False
-    interrupt = SaveOnInterrupt()
     patience = training_arguments.patience
-    before = spent(model_arguments.model_name_or_path)
-    trainer = make_trainer(
-        model_arguments,
-        data_arguments,
-        data,
-        model=model,
-        args=training_arguments,
-        eval_dataset=sample_blocks(data.validation, data_arguments.max_eval_samples),
-        processing_class=data.tokenizer,
-        data_collator=collate,
-        callbacks=[interrupt, *([StopWhenNothingImproves(patience)] if patience else []), *callbacks],
-        before=before,
-    )
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except StatesMissing as error:
-        raise RunError(str(error)) from error
-    except SafetensorError as error:
-        raise RunError(
-            f"{checkpoint} is damaged ({error}). Delete that folder and give the same command again: it goes on from "
-            f"the checkpoint before, or starts anew."
-        ) from error
-    if interrupt.interrupted:
-        print(f"Stopped at step {trainer.state.global_step}. Run the same command again to resume.")
-        return None
+        trainer = make_trainer(
+            model_arguments,
+            data_arguments,
+            data,
+            model=model,
+            args=training_arguments,
+            eval_dataset=sample_blocks(data.validation, data_arguments.max_eval_samples),
+            processing_class=data.tokenizer,
+            data_collator=collate,
+            callbacks=[SaveOnInterrupt(), *([StopWhenNothingImproves(patience)] if patience else []), *callbacks],
+            before=spent(model_arguments.model_name_or_path),
+        )
+        check_trainer(trainer)
+        if main_process:
+            with saving(folder / "run.json", 10_000):
+                write_json(folder / "run.json", settings)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        if new and main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise error if isinstance(error, (RunError, DataError)) else RunError(str(error)) from error
+    return trainer, data, checkpoint
 
+
+def check_trainer(trainer: SteppingTrainer) -> None:
+    """Makes what the Trainer would make only after the run has begun, so that what is wrong with it shows before.
+
+    Raises:
+        RunError: there would be no step.
+        ValueError: an option is refused.
+    """
+    if len(trainer.get_train_dataloader()) == 0:
+        raise RunError(
+            f"The text gives no whole batch ({len(trainer.train_dataset)} examples; a batch takes "
+            f"{batch_size(trainer.args)}): leave out --dataloader_drop_last, or lower --per_device_train_batch_size."
+        )
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        trainer.create_optimizer()
+
+
+def finish(trainer: SteppingTrainer, model_arguments: ModelArguments, report: dict) -> dict:
+    """Saves the trained model and what `results.json` says of it, which is returned."""
+    training_arguments, model = trainer.args, trainer.model
+    folder = Path(training_arguments.output_dir)
+    main_process = training_arguments.process_index == 0
     if isinstance(trainer.model, PeftModel):
         trainer.model = trainer.model.merge_and_unload()
     if trainer.is_fsdp_enabled:  # Sharded checkpoints or not, the model that is left is one file.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
+    with saving(folder / "model.safetensors", size_of_checkpoint(trainer.model)):
+        trainer.save_model()
     state = trainer.state
     # That of the model that is left. Training ends with an entry in the log.
     step = (training_arguments.load_best_model_at_end and state.best_global_step) or state.global_step
@@ -892,8 +1049,8 @@ def train(
         "step": step,
         "tokens": last["tokens"],
         "seconds": last["train_seconds"],
-        "before": before,
-        "data": data.report,
+        "before": trainer.before,
+        "data": report,
         "eval_blocks": len(trainer.eval_dataset),
         "log": [entry for entry in state.log_history if "eval_loss" in entry],
     }
@@ -906,10 +1063,9 @@ def train(
     if main_process:
         if any(entry["step"] > 0 for entry in results["log"]):
             draw({results["preset"]: [results]}, folder / "training_curve.png")
-        write_json(results_file, results)
+        with saving(folder / "results.json", 1_000_000):
+            write_json(folder / "results.json", results)
         print(f"Saved to {folder}.")
-        if push:
-            publish(folder, results, training_arguments)
     return results
 
 

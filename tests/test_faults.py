@@ -1,0 +1,253 @@
+"""What a run meets: numbers that are none, kills, damaged files, a full disk, another command, another text."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from errors import RunError
+from fresh import Interpreter
+from runs import CHECKSUMS, LOCK, fault, locked, saving
+from safetensors.torch import load_file, save_file
+from state_tracking import main as state_tracking_main
+from test_training import TRAINING, options, plain_run, text_files  # noqa: F401
+from train import parse, train
+from transformers import TrainerCallback
+from unbounded import CONTEXTS
+
+WILD = ["--learning_rate=1e30", "--max_grad_norm=0", "--warmup_steps=0", "--lr_scheduler_type=constant"]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--preset=warm_start"], ["--preset=step_per_pass"], *([f"--context={name}"] for name in CONTEXTS)]
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_at_its_step(more, text_files, tmp_path):  # noqa: F811
+    if more and "context" in more[0]:
+        more = [*more, '--decoder_config={"layer_types": ["gateloop"]}', "--preset=gateloop"]
+    arguments = options(text_files, tmp_path / "run", *WILD, *more, "--eval_strategy=no", "--save_steps=1")
+    with pytest.raises(
+        RunError, match=r"The (loss|gradient|update) of step [1-3] is not finite.*Lower --learning_rate"
+    ):
+        train(*parse(arguments))
+    assert not (tmp_path / "run/results.json").exists()
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        assert all(z.isfinite().all() for z in weights(checkpoint).values())
+
+
+class Poison(TrainerCallback):
+    """From a step on, the weights are no numbers."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                next(model.parameters()).fill_(torch.nan)
+
+
+def test_the_good_checkpoints_stay(text_files, tmp_path):  # noqa: F811
+    arguments = options(text_files, tmp_path, "--save_steps=1", "--save_total_limit=1", "--eval_strategy=no")
+    with pytest.raises(RunError, match="of step 4 is not finite"):
+        train(*parse(arguments), callbacks=[Poison(3)])
+    assert fault(tmp_path / "checkpoint-3") is None
+    assert train(*parse(arguments))["step"] == 6
+
+
+def test_a_base_that_is_no_number_is_refused_by_its_weights(text_files, plain_run, tmp_path):  # noqa: F811
+    base = tmp_path / "base"
+    shutil.copytree(plain_run, base)
+    state = weights(base)
+    state["model.embed_tokens.weight"][0, 0] = torch.nan
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    given = [a for a in options(text_files, tmp_path / "run") if not a.startswith(("--hidden_size", "--num_hidden"))]
+    with pytest.raises(RunError, match=r"weights that are not finite: model\.embed_tokens\.weight"):
+        train(*parse([*given, f"--model_name_or_path={base}"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_state_tracking_stops_too(tmp_path, monkeypatch):
+    given = ["--max_steps=6", "--models", "gpt", "--test_lengths", "12", "--hidden_size=16", "--use_cpu=true"]
+    monkeypatch.setattr(sys, "argv", ["state_tracking.py", *given, *WILD, f"--output_dir={tmp_path / 'runs'}"])
+    with pytest.raises(RunError, match="of step [1-3] is not finite"):
+        state_tracking_main()
+
+
+# Kills
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--preset=warm_start"], ["--max_steps=-1", "--num_train_epochs=0.2"], ["--load_best_model_at_end=true"]],
+    ids=["steps", "warm start", "epochs", "best"],
+)
+def test_killed_after_its_last_step_a_run_only_finishes(more, text_files, tmp_path, caplog):  # noqa: F811
+    arguments = options(text_files, tmp_path, "--save_steps=3", *more)
+    results = train(*parse(arguments))
+    expected = weights(tmp_path)
+    for name in ("results.json", "model.safetensors"):
+        (tmp_path / name).unlink()
+    assert train(*parse(arguments))["step"] == results["step"]
+    assert same(weights(tmp_path), expected)
+    assert "missing keys" not in caplog.text
+
+
+def test_what_a_killed_command_left_before_it_began_is_no_obstacle(text_files, tmp_path):  # noqa: F811
+    (tmp_path / "run.json.new").write_text("{")
+    (tmp_path / LOCK).touch()
+    assert train(*parse(options(text_files, tmp_path)))["step"] == 6
+
+
+def test_checkpoints_that_were_being_deleted_take_no_good_one_with_them(text_files, tmp_path):  # noqa: F811
+    arguments = options(text_files, tmp_path, "--save_steps=2", "--save_total_limit=2", "--eval_strategy=no")
+    train(*parse(arguments))
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / CHECKSUMS).unlink()
+    (tmp_path / "results.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    train(*parse(arguments))
+    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {
+        "checkpoint-4", "checkpoint-6", "incomplete-checkpoint-2"
+    }  # fmt: skip
+
+
+# Damaged files
+
+
+def damage(file, how):
+    content = file.read_bytes()
+    if how == "absent":
+        file.unlink()
+    else:
+        file.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "zeroed": bytes(len(content))}[how])
+
+
+@pytest.fixture(scope="module")
+def finished(text_files, tmp_path_factory):  # noqa: F811
+    """The folder of a run whose last step was made, and nothing after it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(*parse(options(text_files, folder, "--save_steps=2", "--eval_strategy=no")))
+    (folder / "results.json").unlink()
+    return folder
+
+
+FILES = [
+    "config.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", CHECKSUMS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["absent", "empty", "truncated", "zeroed"])
+def test_no_file_of_a_checkpoint_can_be_damaged_unnoticed(how, finished):
+    assert fault(finished / "checkpoint-6") is None
+    assert {file.name for file in (finished / "checkpoint-6").iterdir()} >= set(FILES)
+    for name in FILES:
+        copy = finished.with_name(f"{how}-{name}")
+        shutil.copytree(finished / "checkpoint-6", copy)
+        damage(copy / name, how)
+        assert name in fault(copy), name
+
+
+def test_a_flipped_bit_is_found(finished, tmp_path):
+    shutil.copytree(finished / "checkpoint-6", tmp_path / "checkpoint-6")
+    file = tmp_path / "checkpoint-6/optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert fault(tmp_path / "checkpoint-6") == "optimizer.pt is damaged"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "trainer_state.json"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(name, text_files, finished, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/checkpoint-6" / name).unlink()
+    train(*parse(options(text_files, tmp_path / "run", "--save_steps=2", "--eval_strategy=no")))
+    said = capsys.readouterr().out
+    assert f"checkpoint-6 is of no use ({name} is missing). It is now incomplete-checkpoint-6" in said
+    assert f"Resuming from {tmp_path / 'run/checkpoint-4'}." in said
+    assert same(weights(tmp_path / "run"), weights(finished))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", ""])
+def test_a_damaged_note_of_the_run_is_named(content, text_files, finished, tmp_path):  # noqa: F811
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/run.json").write_text(content)
+    with pytest.raises(RunError, match=r"run\.json is damaged"):
+        train(*parse(options(text_files, tmp_path / "run", "--save_steps=2", "--eval_strategy=no")))
+    (tmp_path / "run/results.json").write_text(content)
+    (tmp_path / "run/run.json").write_bytes((finished / "run.json").read_bytes())
+    with pytest.raises(RunError, match=r"results\.json is damaged"):
+        train(*parse(options(text_files, tmp_path / "run", "--save_steps=2", "--eval_strategy=no")))
+
+
+# A full disk
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small file system")
+def test_a_full_disk_is_named_and_nothing_is_lost(text_files, tmp_path):  # noqa: F811
+    small = tmp_path / "small"
+    small.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", small], capture_output=True)
+    if made.returncode != 0:
+        pytest.skip("no file system can be mounted here")
+    try:
+        given = options(text_files, small / "run", "--save_steps=1", "--save_total_limit=9", "--eval_strategy=no")
+        with pytest.raises(RunError, match=r"checkpoint-\d could not be saved \(the disk is full.*complete is lost"):
+            train(*parse(given))
+        assert [c for c in (small / "run").glob("checkpoint-*") if fault(c)] == []
+        assert (small / "run/checkpoint-1").exists()
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(RunError, match=r"x could not be saved \(PermissionError: no\)"), saving(tmp_path / "x", 1):
+        raise PermissionError("no")
+
+
+# Another command, another text
+
+
+def test_a_folder_is_for_one_command_at_a_time(text_files, tmp_path):  # noqa: F811
+    tmp_path.joinpath("run").mkdir()
+    arguments = options(text_files, tmp_path / "run")
+    with locked(tmp_path / "run"):
+        other = Interpreter(TRAINING / "train.py", *arguments)
+        assert other.wait() == 1 and "Another command is training in" in other.stderr
+    assert not (tmp_path / "run/run.json").exists()
+    assert train(*parse(arguments))["step"] == 6
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_run_is_of_one_text_and_one_base(text_files, plain_run, tmp_path):  # noqa: F811
+    text, base = tmp_path / "text.txt", tmp_path / "base"
+    shutil.copy(text_files[0], text)
+    shutil.copytree(plain_run, base)
+    sizes = ("--hidden_size", "--num_hidden_layers")
+    arguments = [a for a in options([str(text)], tmp_path / "run") if not a.startswith(sizes)]
+    arguments += [f"--model_name_or_path={base}", "--preset=stateful"]
+    train(*parse(arguments))
+    (tmp_path / "run/results.json").unlink()
+    text.write_text(text.read_text().replace("a", "e", 1))
+    with pytest.raises(RunError, match="a run of another text: what was read for it has changed"):
+        train(*parse(arguments))
+    shutil.copy(text_files[0], text)
+    state = weights(base)
+    state["model.norm.weight"][0] += 1
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match="a run of another base weights"):
+        train(*parse(arguments))
+    assert json.loads((tmp_path / "run/run.json").read_text())["text"]
