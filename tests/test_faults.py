@@ -39,9 +39,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_at_its_step(more, t
     if more and "context" in more[0]:
         more = [*more, '--decoder_config={"layer_types": ["gateloop"]}', "--preset=gateloop"]
     arguments = options(text_files, tmp_path / "run", *WILD, *more, "--eval_strategy=no", "--save_steps=1")
-    with pytest.raises(
-        RunError, match=r"The (loss|gradient|update) of step [1-3] is not finite.*Lower --learning_rate"
-    ):
+    with pytest.raises(RunError, match=r"The (loss|gradient|update) of step [1-3] is not finite.*Lower"):
         train(*parse(arguments))
     assert not (tmp_path / "run/results.json").exists()
     for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
@@ -83,7 +81,7 @@ def test_a_base_that_is_no_number_is_refused_by_its_weights(text_files, plain_ru
 def test_state_tracking_stops_too(tmp_path, monkeypatch):
     given = ["--max_steps=6", "--models", "gpt", "--test_lengths", "12", "--hidden_size=16", "--use_cpu=true"]
     monkeypatch.setattr(sys, "argv", ["state_tracking.py", *given, *WILD, f"--output_dir={tmp_path / 'runs'}"])
-    with pytest.raises(RunError, match="of step [1-3] is not finite"):
+    with pytest.raises(RunError, match=r"of step [1-3] is not finite"):
         state_tracking_main()
 
 

@@ -856,7 +856,7 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     )
     refused(text_files, tmp_path, "--adam_beta1=1.5", message="adam_beta1 is 1.5; it must be less than 1")
     refused(text_files, tmp_path, "--adam_epsilon=-1", message="adam_epsilon is -1.0")
-    refused(text_files, tmp_path, "--dropout=nan", message="hidden_dropout is nan")
+    refused(text_files, tmp_path, "--dropout=nan", message="dropout is nan")
     refused(text_files, tmp_path, "--report_to=foo", message="foo is not supported")
     refused(text_files, tmp_path, "--dataloader_num_workers=-1", message="dataloader_num_workers is -1")
     refused(text_files, tmp_path, "--metric_for_best_model=foo", message="metric_for_best_model is foo")
