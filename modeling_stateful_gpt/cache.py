@@ -5,6 +5,7 @@ assisted decoding; keyword arguments are not.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,26 @@ class StatefulStaticCache(AllOrNothingCache, StaticCache): ...
 
 
 STATEFUL_CACHES = {DynamicCache: StatefulDynamicCache, StaticCache: StatefulStaticCache}
+
+
+@functools.cache
+def all_or_nothing(kind: type[Cache]) -> type[Cache]:
+    """The class of caches of this kind that refuse as one."""
+    if any(
+        base.__name__ == AllOrNothingCache.__name__ for base in kind.__mro__
+    ):  # Perhaps of another copy of the code.
+        return kind
+    if kind in STATEFUL_CACHES:
+        return STATEFUL_CACHES[kind]
+    # A class that is made here cannot be found by its name, by which pickle would look for it.
+    again = {"__reduce__": lambda cache: (rebuild, (kind, vars(cache))), "__module__": __name__}
+    return type(f"Stateful{kind.__name__}", (AllOrNothingCache, kind), again)
+
+
+def rebuild(kind: type[Cache], contents: dict[str, Any]) -> Cache:
+    cache = Cache.__new__(all_or_nothing(kind))
+    vars(cache).update(contents)
+    return cache
 
 
 def check_crop(tokens_to_remove: int, recorded: int) -> None:
@@ -263,12 +284,12 @@ def gather_slots(z: torch.Tensor, slots: torch.Tensor, dim: int = 1) -> torch.Te
     return torch.take_along_dim(z, slots.view(shape), dim)
 
 
-def reorder_slots(cache: Cache, slots: torch.Tensor) -> None:
-    """Puts the first T keys and values of every layer of the language model in the order `slots` `[B, T]` of each row.
-    The layers are plain ones (see `can_scatter`)."""
+def reorder_slots(cache: Cache, slots: torch.Tensor, past: int) -> None:
+    """Puts the T keys and values after the first `past` of every layer of the language model in the order `slots`
+    `[B, T]` of each row. The layers are plain ones (see `can_scatter`)."""
     for layer in cache.layers:
-        if not isinstance(layer, LastHiddenStateLayer):
-            filled = slice(None, slots.shape[1])
+        if not holds_last_hidden_state(layer):
+            filled = slice(past, past + slots.shape[1])
             keys, values = (gather_slots(z[:, :, filled], slots, dim=2) for z in (layer.keys, layer.values))
             layer.keys, layer.values = put(layer.keys, keys, filled, dim=2), put(layer.values, values, filled, dim=2)
 
@@ -388,6 +409,8 @@ def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
             f"The cache has {len(layers)} layers, the model {config.num_hidden_layers}: it is another model's. Make "
             f"one by DynamicCache(config=model.config)."
         )
+    if not torch.compiler.is_compiling() and int(cache.get_seq_length()) == 0:
+        refuse_windows(layers, config)
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     for number, (layer_type, layer) in enumerate(zip(layer_types, layers, strict=False)):
         # Not isinstance: loaded as remote code, this file may be imported twice.
@@ -410,10 +433,20 @@ def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
         let_refuse_as_one(cache)
 
 
+def refuse_windows(layers: list[CacheLayerMixin], config: PreTrainedConfig) -> None:
+    """Raises a ValueError for layers that keep a window of a past of which the model reads all."""
+    for number, (own, layer) in enumerate(zip(DynamicCache(config=config).layers, layers, strict=False)):
+        if getattr(layer, "is_sliding", False) and not getattr(own, "is_sliding", False):
+            raise ValueError(
+                f"The cache keeps a window of keys and values for layer {number}, which attends to all of the past: it "
+                f"is another model's. Make one by DynamicCache(config=model.config)."
+            )
+
+
 def let_refuse_as_one(cache: Cache) -> None:
     """The cache is the caller's, and is to stay the same object."""
     if not torch.compiler.is_compiling():  # Which cannot follow this, and crops nothing.
-        cache.__class__ = STATEFUL_CACHES.get(type(cache), type(cache))
+        cache.__class__ = all_or_nothing(type(cache))
 
 
 def holds_last_hidden_state(layer: CacheLayerMixin) -> bool:

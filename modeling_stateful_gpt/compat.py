@@ -21,7 +21,7 @@ OLDEST = {"torch": "2.8", "transformers": "5.14"}
 def check_versions(installed: dict[str, str]) -> None:
     """Raises an ImportError that names the first of the `installed` versions that is too old."""
     for package, oldest in OLDEST.items():
-        if Version(installed[package]) < Version(oldest):
+        if Version(installed[package]).release < Version(oldest).release:
             raise ImportError(
                 f"This model's code needs {package} {oldest} or newer, and {installed[package]} is installed: "
                 f'pip install --upgrade "{package}>={oldest}"'
@@ -75,10 +75,10 @@ def accept_cache(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def by_either_name(*args, **kwargs):
-        if "cache" in kwargs:
+        if (cache := kwargs.pop("cache", None)) is not None:
             if kwargs.get("past_key_values") is not None:
                 raise ValueError("cache and past_key_values are two names of one argument; pass one of them.")
-            kwargs["past_key_values"] = kwargs.pop("cache")
+            kwargs["past_key_values"] = cache
         return forward(*args, **kwargs)
 
     return by_either_name
@@ -91,6 +91,7 @@ def cache_argument(forward: Callable) -> str | None:
 
 
 def create_mask(past_key_values: Cache | None, **kwargs) -> Any:
+    """The mask of causal attention, in the form that the attention's implementation takes; None where it needs none."""
     return create_causal_mask(**{CACHE: past_key_values}, **kwargs)
 
 

@@ -125,7 +125,7 @@ class StatefulGPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         for name, value in at_the_top.items():
             if isinstance(given, dict):
-                inside = given.get(self.text_config.attribute_map.get(name, name), value)
+                inside = given.get(self.text_config.attribute_map.get(name, name), given.get(name, value))
                 if inside != value:
                     raise ValueError(f"{name} is {value!r} at the top level and {inside!r} in text_config; give one.")
             setattr(self, name, value)

@@ -30,9 +30,11 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
         decode_mode = model_kwargs.get("decode_mode") or self.config.decode_mode
         cut = generation_config.prefill_chunk_size is not None or generation_config.use_cache is False
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-        if (cut or assisted) and decode_mode in ("passes", "plain_prompt"):
+        num_passes = model_kwargs.get("num_passes") or 1
+        how = f"num_passes={num_passes}" if num_passes > 1 else f"decode_mode={decode_mode!r}"
+        if (cut or assisted) and (num_passes > 1 or decode_mode in ("passes", "plain_prompt")):
             raise ValueError(
-                f"decode_mode={decode_mode!r} computes several tokens at once otherwise than one by one. It needs the "
+                f"{how} computes several tokens at once otherwise than one by one. It needs the "
                 f"prompt in one piece, a cache, and no drafts: use 'solved' or 'no_feedback' with prefill_chunk_size, "
                 f"use_cache=False, assisted decoding and prompt lookup."
             )

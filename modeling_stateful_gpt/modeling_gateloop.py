@@ -588,6 +588,11 @@ def check_inputs(
     """
     if length == 0:
         raise ValueError("The input has no tokens; give each text at least one (e.g. the tokenizer's bos token).")
+    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(
+            f"attention_mask is of type {type(attention_mask).__name__}; it must be a tensor [B, past + T], 0 on "
+            f"padding. Masks for each type of layer, and BlockMasks, are made from it."
+        )
     if past_key_values is not None and not hasattr(past_key_values, "layers"):
         raise ValueError(
             f"past_key_values is of type {type(past_key_values).__name__}; it must be a DynamicCache, a StaticCache or "

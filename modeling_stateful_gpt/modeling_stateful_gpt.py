@@ -317,13 +317,16 @@ class LanguageModelRecurrence:
         layer.write(self.at(self.in_force, self.slots(states)), self.in_force_exists)
 
 
-def needs_alignment(attention_mask: torch.Tensor | None, cache: Cache | None) -> bool:
-    """Whether there may be padding before a token, in a sequence that begins here and can be put in another order."""
-    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.shape[1] == 1:
+def needs_alignment(attention_mask: torch.Tensor | None, cache: Cache | None, length: int) -> bool:
+    """Whether there may be padding before one of `length` new tokens, which can be put in another order."""
+    if attention_mask is None or attention_mask.ndim != 2 or length == 1:
         return False
-    if cache is not None and (cache.get_seq_length() > 0 or not can_scatter(cache)):
+    if cache is not None and not can_scatter(cache):
         return False
-    return torch.compiler.is_compiling() or bool((attention_mask.long().diff(dim=1) > 0).any())
+    if torch.compiler.is_compiling():
+        return True
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    return bool((of_new_tokens(attention_mask, past, length).long().diff(dim=1) > 0).any())
 
 
 class Alignment:
@@ -331,11 +334,14 @@ class Alignment:
 
     Args:
         attention_mask: `[B, T]`, 0 on padding.
+        past: how many tokens are in the cache already.
     """
 
-    def __init__(self, attention_mask: torch.Tensor):
-        self.order = attention_mask.bool().long().argsort(dim=1, descending=True, stable=True)
+    def __init__(self, attention_mask: torch.Tensor, past: int):
+        real = attention_mask.bool().long()
+        self.order = real.argsort(dim=1, descending=True, stable=True)
         self.inverse = self.order.argsort(dim=1)
+        self.tokens_read, self.past = real.cumsum(1), past
 
     def align(self, z: torch.Tensor) -> torch.Tensor:
         """`z` `[B, T, …]` with each row's tokens first."""
@@ -346,7 +352,7 @@ class Alignment:
         return gather_slots(z, self.inverse, dim)
 
     def restore_output(self, output: "StatefulGPTOutputWithPast") -> None:
-        """Restores what a forward returns, and the keys and values in its cache, which was empty before."""
+        """Restores what a forward returns, and what it has written to its cache."""
         output.last_hidden_state = self.restore(output.last_hidden_state)
         for name in ("pass_hidden_states", "hidden_states"):
             if output.get(name) is not None:
@@ -356,7 +362,20 @@ class Alignment:
                 a if a is None else self.restore(self.restore(a, 2), 3) for a in output.attentions
             )
         if (cache := getattr(output, CACHE)) is not None:
-            reorder_slots(cache, self.inverse)
+            reorder_slots(cache, self.inverse, self.past)
+            self.restore_states(cache.layers[-1])
+
+    def restore_states(self, layer: "LastHiddenStateLayer") -> None:
+        """What a layer has recorded: after each slot, the state of the last token up to there."""
+        length = self.order.shape[1]
+        if layer.keys.shape[2] < length:  # It keeps the last one alone, which is the same in any order.
+            return
+        for name in ("keys", "values"):
+            held = getattr(layer, name)
+            earlier, recorded = held[:, :, :-length], held[:, :, -length:]
+            before = earlier[:, :, -1:] if earlier.shape[2] > 0 else torch.zeros_like(recorded[:, :, :1])
+            after = gather_slots(torch.cat([before, recorded], dim=2), self.tokens_read, dim=2)
+            setattr(layer, name, torch.cat([earlier, after], dim=2))
 
 
 def per_token(kwargs: dict, batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -637,16 +656,18 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=text_config)
         attention_mask = read_mask(self.language_model.config, inputs_embeds, attention_mask, past_key_values)
-        alignment = None
+        alignment, length = None, inputs_embeds.shape[1]
         if self.groups_positions(training, num_passes, solver, decode_mode) and needs_alignment(
-            attention_mask, past_key_values
+            attention_mask, past_key_values, length
         ):
-            alignment = Alignment(attention_mask[:, : inputs_embeds.shape[1]])
+            past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+            new = of_new_tokens(attention_mask, past, length)
+            alignment = Alignment(new, past)
             if position_ids is None:
-                position_ids = default_position_ids(inputs_embeds.shape[1], attention_mask, None, inputs_embeds.device)
-            inputs_embeds, attention_mask, position_ids, initial_states = (
-                None if z is None else alignment.align(z)
-                for z in (inputs_embeds, attention_mask, position_ids, initial_states)
+                position_ids = default_position_ids(length, attention_mask, past_key_values, inputs_embeds.device)
+            attention_mask = torch.cat([attention_mask[:, :past], alignment.align(new)], dim=1)
+            inputs_embeds, position_ids, initial_states = (
+                None if z is None else alignment.align(z) for z in (inputs_embeds, position_ids, initial_states)
             )
             kwargs |= {name: alignment.align(z) for name, z in per_token(kwargs, *inputs_embeds.shape[:2]).items()}
         kind = TrainingRecurrence if training else LanguageModelRecurrence

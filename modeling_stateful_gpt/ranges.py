@@ -34,6 +34,7 @@ RANGES = {
     "rms_norm_eps": POSITIVE,
     "attention_dropout": PROBABILITY,
     "hidden_dropout": PROBABILITY,
+    "classifier_dropout": PROBABILITY,
     "initializer_range": NOT_NEGATIVE,
     # Of the feedback.
     "num_passes": SIZE,

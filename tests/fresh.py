@@ -110,4 +110,5 @@ def run_fresh_ranks(config: str, script: Path, *arguments) -> str:
     finally:
         for rank in ranks:
             rank.kill()
+    assert [rank.wait() for rank in ranks] == [0] * len(ranks), [rank.stderr for rank in ranks]
     return ranks[0].stdout

@@ -116,6 +116,7 @@ def test_the_cache_may_be_given_by_either_of_its_names(name):
             )
         assert all(torch.equal(other, expected) for other in others)
         cache = DynamicCache(config=model.config)
+        model(ids, cache=None, past_key_values=cache)
         with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
             model(ids, cache=cache, past_key_values=cache)
 

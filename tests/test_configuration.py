@@ -267,3 +267,16 @@ def test_two_values_of_one_field_are_refused(inside):
     refused(StatefulGPTConfig, {**fields, "vocab_size": 70}, "vocab_size is 70 at the top level and 60 in text_config")
     fields = {"text_config": {"model_type": "gpt2", "n_embd": 32}, "hidden_size": 64}
     refused(StatefulGPTConfig, fields, "hidden_size is 64 at the top level and 32 in text_config")
+
+
+def test_one_value_of_a_field_is_given_by_either_of_its_names():
+    for name in ("n_embd", "hidden_size"):
+        refused(
+            StatefulGPTConfig,
+            {"text_config": {"model_type": "gpt2", name: 32}, "hidden_size": 64},
+            "hidden_size is 64 at the top level and 32 in text_config",
+        )
+
+
+def test_the_dropout_of_a_classifier_is_a_probability():
+    refused(GateLoopConfig, {**LLAMA_LIKE, "classifier_dropout": NAN}, "classifier_dropout is nan")

@@ -392,3 +392,60 @@ def test_what_cannot_be_done_is_refused_with_a_reason():
         generate(model, ids, attention_mask=torch.zeros_like(ids))
     with pytest.raises(IndexError, match="resize_token_embeddings"):
         generate(model, torch.tensor([[VOCAB + 1]]))
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("read", [0, 3])
+def test_a_fixed_number_of_passes_leaves_the_same_state_whatever_pads_there_are(record, read):
+    """In the beginning and after a past of 3 tokens, with a record to crop from and without."""
+    model, ids = shared("llama", num_groups=2, training_solver="cyclic"), tokens(1, read + 9)
+    logits = []
+    for pads in (0, 3):
+        cache, mask = DynamicCache(config=model.config), torch.ones(1, read + pads + 9, dtype=torch.long)
+        mask[:, read : read + pads] = 0
+        padded = torch.cat([ids[:, :read], tokens(1, pads, seed=5), ids[:, read:]], dim=1)
+        with torch.no_grad():
+            if read:
+                model(padded[:, :read], past_key_values=cache)
+            if record:
+                last_hidden_state_layer(cache, model.config.text_config)
+                cache.activate_past_recording()
+            whole = model(padded[:, read:], attention_mask=mask, past_key_values=cache, num_passes=2).logits[:, pads:]
+            if record:
+                cache.crop(-2)
+                mask = mask[:, :-2]
+            mask = torch.cat([mask, torch.ones(1, 2, dtype=torch.long)], dim=1)
+            after = model(tokens(1, 2, seed=1), attention_mask=mask, past_key_values=cache).logits
+        logits.append(torch.cat([whole, after], dim=1))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 2}])
+def test_a_number_of_passes_needs_the_prompt_in_one_piece(options):
+    model, ids = shared("llama"), tokens(1, 7)
+    with pytest.raises(ValueError, match="num_passes=2 computes several tokens at once otherwise than one by one"):
+        generate(model, ids, num_passes=2, **options)
+
+
+class Mine(DynamicCache):
+    """Somebody's own kind of cache."""
+
+
+def test_caches_of_every_kind_refuse_as_one_and_can_be_copied():
+    model, ids = shared("llama"), tokens(1, 8)
+    with torch.no_grad():
+        cache = model(ids[:, :6], past_key_values=Mine(config=model.config)).past_key_values
+        with pytest.raises(RuntimeError, match="Cannot remove 3 tokens"):
+            cache.crop(-3)
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [6] * 3 and isinstance(cache, Mine)
+        expected = model(ids).logits[:, 6:]
+        for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            torch.testing.assert_close(model(ids[:, 6:], past_key_values=copied).logits, expected)
+            assert isinstance(copied, Mine)
+
+
+@pytest.mark.parametrize("backbone", ["gateloop", "llama"])
+def test_a_cache_with_windows_is_another_models(backbone):
+    config = MistralConfig(num_hidden_layers=2, sliding_window=4)
+    with pytest.raises(ValueError, match="keeps a window of keys and values for layer 0, which attends to all"):
+        shared(backbone)(tokens(1, 8), past_key_values=DynamicCache(config=config))

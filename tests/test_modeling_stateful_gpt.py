@@ -1413,3 +1413,9 @@ def test_trainer_passes_kinds_of_tokens(tmp_path):
     trainer = Trainer(model, arguments, train_dataset=[row] * 4, eval_dataset=[row] * 2)
     trainer.train()
     assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("feedback", [None, "glu"])
+def test_a_mask_that_is_no_tensor_is_refused_by_name(feedback):
+    with pytest.raises(ValueError, match="attention_mask is of type dict; it must be a tensor"):
+        shared("gateloop", feedback=feedback)(tokens(1, 5), attention_mask={"full_attention": torch.ones(1, 5)})
