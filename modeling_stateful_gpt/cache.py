@@ -71,9 +71,8 @@ STATEFUL_CACHES = {DynamicCache: StatefulDynamicCache, StaticCache: StatefulStat
 @functools.cache
 def all_or_nothing(kind: type[Cache]) -> type[Cache]:
     """The class of caches of this kind that refuse as one."""
-    if any(
-        base.__name__ == AllOrNothingCache.__name__ for base in kind.__mro__
-    ):  # Perhaps of another copy of the code.
+    # By name: it may be that of another copy of the code.
+    if any(base.__name__ == AllOrNothingCache.__name__ for base in kind.__mro__):
         return kind
     if kind in STATEFUL_CACHES:
         return STATEFUL_CACHES[kind]
@@ -446,7 +445,7 @@ def refuse_windows(layers: list[CacheLayerMixin], config: PreTrainedConfig) -> N
 def let_refuse_as_one(cache: Cache) -> None:
     """The cache is the caller's, and is to stay the same object."""
     if not torch.compiler.is_compiling():  # Which cannot follow this, and crops nothing.
-        cache.__class__ = all_or_nothing(type(cache))
+        cache.__class__ = all_or_nothing(type(cache))  # type: ignore[arg-type]
 
 
 def holds_last_hidden_state(layer: CacheLayerMixin) -> bool:

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple, logging
 
 from .cache import (
+    LastHiddenStateLayer,
     append,
     can_scatter,
     gather_slots,
@@ -365,7 +366,7 @@ class Alignment:
             reorder_slots(cache, self.inverse, self.past)
             self.restore_states(cache.layers[-1])
 
-    def restore_states(self, layer: "LastHiddenStateLayer") -> None:
+    def restore_states(self, layer: LastHiddenStateLayer) -> None:
         """What a layer has recorded: after each slot, the state of the last token up to there."""
         length = self.order.shape[1]
         if layer.keys.shape[2] < length:  # It keeps the last one alone, which is the same in any order.
