@@ -82,7 +82,7 @@ def all_or_nothing(kind: type[Cache]) -> type[Cache]:
 
 
 def rebuild(kind: type[Cache], contents: dict[str, Any]) -> Cache:
-    cache = Cache.__new__(all_or_nothing(kind))
+    cache = Cache.__new__(all_or_nothing(kind))  # type: ignore[arg-type]
     vars(cache).update(contents)
     return cache
 

@@ -75,10 +75,12 @@ def accept_cache(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def by_either_name(*args, **kwargs):
-        if (cache := kwargs.pop("cache", None)) is not None:
-            if kwargs.get("past_key_values") is not None:
+        if "cache" in kwargs:
+            cache = kwargs.pop("cache")
+            if kwargs.setdefault("past_key_values", cache) is None:
+                kwargs["past_key_values"] = cache
+            elif cache is not None and kwargs["past_key_values"] is not cache:
                 raise ValueError("cache and past_key_values are two names of one argument; pass one of them.")
-            kwargs["past_key_values"] = cache
         return forward(*args, **kwargs)
 
     return by_either_name

@@ -118,7 +118,7 @@ def test_the_cache_may_be_given_by_either_of_its_names(name):
         cache = DynamicCache(config=model.config)
         model(ids, cache=None, past_key_values=cache)
         with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
-            model(ids, cache=cache, past_key_values=cache)
+            model(ids, cache=cache, past_key_values=DynamicCache(config=model.config))
 
 
 def test_a_language_model_is_given_its_cache_by_the_name_it_has():
