@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import modeling_stateful_gpt
-from modeling_stateful_gpt.upload import contents, task_of, upload
+from modeling_stateful_gpt.upload import contents, read_json, task_of, upload
 
 
 class UploadError(ValueError):
@@ -67,13 +67,22 @@ def check_checkpoint(folder: Path) -> None:
         )
 
     shapes = {}
-    for file in folder.glob("*.safetensors"):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as weights:
-                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UploadError(f"{file} is damaged ({error}). Save the checkpoint again.") from error
+                for name in weights.keys():  # noqa: SIM118 (it is not a dict)
+                    tensor = weights.get_tensor(name)
+                    shapes[name] = tuple(tensor.shape)
+                    if tensor.is_floating_point() and not tensor.isfinite().all():
+                        raise UploadError(f"{name} in {file} is not finite. Train it again, or upload another one.")
+        except (SafetensorError, OSError) as error:
+            raise UploadError(f"{file} is damaged, or missing ({error}). Save the checkpoint again.") from error
     tied = set(expected.all_tied_weights_keys)
+    if surplus := sorted(shapes.keys() - expected.state_dict().keys()):
+        raise UploadError(
+            f"{folder} has weights for which its config.json has no place: {', '.join(surplus[:3])}"
+            f"{' …' if len(surplus) > 3 else ''}. They do not belong together; save the model again."
+        )
     lacking = [
         name for name, z in expected.state_dict().items() if name not in tied and shapes.get(name) != tuple(z.shape)
     ]
@@ -90,8 +99,24 @@ def check_checkpoint(folder: Path) -> None:
             f"{folder} has no tokenizer that loads ({type(error).__name__}). Save one into it with "
             f"tokenizer.save_pretrained({str(folder)!r})."
         ) from error
-    if auto_class == "AutoModelForCausalLM" and not (folder / "generation_config.json").exists():
-        raise UploadError(f"{folder} has no generation_config.json. Save it again with model.save_pretrained.")
+    if auto_class == "AutoModelForCausalLM":
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise UploadError(
+                f"{folder} has no generation_config.json that loads ({type(error).__name__}: {error}). Save it again "
+                f"with model.save_pretrained."
+            ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: the one, or those that an index names."""
+    if not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        return [folder / SAFE_WEIGHTS_NAME]
+    names = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+    if not isinstance(names, dict):
+        raise UploadError(f"{folder / SAFE_WEIGHTS_INDEX_NAME} is damaged. Save the checkpoint again.")
+    return sorted({folder / name for name in names.values()})
 
 
 def show(folder: Path, repo_id: str, tag: str | None) -> None:

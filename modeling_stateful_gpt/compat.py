@@ -33,6 +33,7 @@ check_versions({"torch": torch.__version__, "transformers": transformers.__versi
 # ruff: noqa: E402
 from transformers import Cache, UnbatchedClassifierFreeGuidanceLogitsProcessor, cache_utils, configuration_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
@@ -63,6 +64,7 @@ __all__ = [
     "capture_outputs",
     "checkpointing",
     "create_mask",
+    "get_relative_import_files",
     "maybe_autocast",
     "merge_with_config_defaults",
     "register_static_layers",

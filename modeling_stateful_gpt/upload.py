@@ -26,22 +26,22 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers.utils import logging
 
-from .compat import OLDEST
+from .compat import OLDEST, get_relative_import_files
 from .license import LICENSE
 
 logger = logging.get_logger(__name__)
 
-PICTURES = ("*.png", "*.jpg", "*.svg")
-UPLOADED = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "merges.txt", "vocab.txt", *PICTURES, "LICENSE")
-"""Of a checkpoint folder. Not what is pickled, nor what is in `PRIVATE`."""
-
-PRIVATE = ("run.json", "trainer_state.json")
-"""They name files of the machine on which the model was trained."""
 
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-TOKENIZER = r"(tokenizer|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|tokenizer\.model|chat_template\.jinja"
-TOKENIZER += r"|additional_chat_templates/.*"
+TOKENIZER = r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|(merges|vocab)\.txt"
+TOKENIZER += (
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
+)
 RESULTS = r"evaluation\.json|results\.json|\.eval_results/.*"
+PICTURE = r"[^/]+\.(png|jpg|jpeg|svg)"
+UPLOADED = rf"config\.json|generation_config\.json|LICENSE|training_curve\.png|{WEIGHTS}|{TOKENIZER}|{RESULTS}"
+"""What a checkpoint consists of, but for its code and the pictures that its card shows. Not what is pickled, and not
+`run.json` and `trainer_state.json`, which name files of the machine on which the model was trained."""
 
 TASKS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
@@ -119,12 +119,15 @@ def read_json(file: Path) -> dict[str, Any]:
     """What is in a JSON file; nothing if there is none.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or something else than an object.
     """
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
+        value = json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); mend it, or take it away.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds {type(value).__name__}, no object; mend it, or take it away.")
+    return value
 
 
 def task_of(config: dict[str, Any]) -> tuple[str, str]:
@@ -235,7 +238,7 @@ def make_card(
         },
         evaluation=read_json(folder / "evaluation.json") or evaluation_in_training(run, results),
         base_model=base_model,
-        pictures=sorted(file.name for kind in PICTURES for file in folder.glob(kind)),
+        pictures=["training_curve.png"] if (folder / "training_curve.png").exists() else [],
     )
 
 
@@ -255,7 +258,7 @@ def evaluation_in_training(run: dict[str, Any], results: dict[str, Any]) -> dict
 
 def count_parameters(folder: Path) -> int:
     count = 0
-    for file in folder.glob("*.safetensors"):
+    for file in (file for file in folder.glob("*.safetensors") if re.fullmatch(WEIGHTS, file.name)):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (it is not a dict)
                 tensor = weights.get_slice(name)
@@ -294,19 +297,46 @@ def contents(
     present: Sequence[str] = (),
 ) -> dict[str, Path | bytes]:
     """What an upload of `folder` brings into a repository with the files `present`: file names, and for each a file of
-    the folder or its bytes."""
-    files: dict[str, Path | bytes] = {
-        file.name: file for kind in UPLOADED for file in sorted(folder.glob(kind)) if file.name not in PRIVATE
-    }
-    files.setdefault("LICENSE", LICENSE.encode())
-    files |= {str(file.relative_to(folder)): file for file in folder.glob("additional_chat_templates/*.jinja")}
-    files |= eval_results(folder)
+    the folder or its bytes.
+
+    Raises:
+        ValueError: a file of a checkpoint is a link to somewhere else, or no plain file.
+    """
     card = folder / "README.md"
-    if card.exists() and is_written_by_hand(card.read_text(errors="replace")):
-        files["README.md"] = card
+    by_hand = card.exists() and is_written_by_hand(card.read_text(errors="replace"))
+    shown = set(re.findall(rf"\(({PICTURE})\)", card.read_text(errors="replace"))) if by_hand else set()
+    wanted = code(folder) | {name for name, _ in shown}
+    files: dict[str, Path | bytes] = {}
+    for file in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+        name = file.relative_to(folder).as_posix()
+        if name in wanted or re.fullmatch(UPLOADED, name):
+            files[name] = plain(file, folder)
+    files.setdefault("LICENSE", LICENSE.encode())
+    files |= eval_results(folder)
+    if by_hand:
+        files["README.md"] = plain(card, folder)
     else:
         files["README.md"] = str(make_card(folder, repo_id, revision, tags, name_or_path, api, present)).encode()
     return files
+
+
+def code(folder: Path) -> set[str]:
+    """The files of code that a checkpoint's Auto classes need."""
+    modules = {reference.split(".")[0] for reference in read_json(folder / "config.json").get("auto_map", {}).values()}
+    roots = [folder / f"{module}.py" for module in sorted(modules)]
+    needed = [Path(file) for root in roots if root.exists() for file in get_relative_import_files(root)]
+    return {file.name for file in [*roots, *needed]}
+
+
+def plain(file: Path, folder: Path) -> Path:
+    """`file`; a ValueError if it is anything else than a file of this folder."""
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{file} is a link to {file.resolve()}, outside of the folder. Put the file itself there, or take it away."
+        )
+    if not file.is_file():
+        raise ValueError(f"{file} is no plain file. Take it away, or save the checkpoint again.")
+    return file
 
 
 def next_version(tags: list[str]) -> str:

@@ -14,6 +14,7 @@ from runs import CHECKSUMS, LOCK, fault, locked, saving
 from safetensors.torch import load_file, save_file
 from state_tracking import main as state_tracking_main
 from test_training import TRAINING, options, plain_run, text_files  # noqa: F401
+from tiny import few
 from train import parse, train
 from transformers import TrainerCallback
 from unbounded import CONTEXTS
@@ -90,8 +91,10 @@ def test_state_tracking_stops_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["--preset=warm_start"], ["--max_steps=-1", "--num_train_epochs=0.2"], ["--load_best_model_at_end=true"]],
-    ids=["steps", "warm start", "epochs", "best"],
+    few(
+        [[], ["--preset=warm_start"], ["--max_steps=-1", "--num_train_epochs=0.2"], ["--load_best_model_at_end=true"]],
+        [[], ["--load_best_model_at_end=true"]],
+    ),
 )
 def test_killed_after_its_last_step_a_run_only_finishes(more, text_files, tmp_path, caplog):  # noqa: F811
     arguments = options(text_files, tmp_path, "--save_steps=3", *more)

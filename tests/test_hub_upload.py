@@ -13,6 +13,7 @@ from data import byte_tokenizer
 from fresh import run_fresh
 from hub_server import Commit, HubServer, online
 from huggingface_hub import HfApi, ModelCard, constants, hf_api
+from safetensors.torch import load_file, save_file
 from test_clients import HEADS, learned, prompt
 from tiny import few, import_peft, shared
 from train import RunError, parse, train
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 import hub_upload
 from modeling_stateful_gpt import StatefulGPTForCausalLM
 from modeling_stateful_gpt.license import LICENSE
-from modeling_stateful_gpt.upload import make_card
+from modeling_stateful_gpt.upload import contents, make_card
 
 IDS = torch.tensor([[72, 101, 108, 108, 111]])
 STRANGER = """
@@ -150,13 +151,13 @@ def test_the_options(hub, checkpoint, tmp_path, monkeypatch, capsys):
     main = repo.branches["main"]
     assert repo.private and repo.tags == {"first": main}
 
-    (checkpoint / "extra.json").write_text("{}")
+    (checkpoint / "vocab.json").write_text("{}")
     hub_upload.main([str(checkpoint), "me/mine", "--revision", "dev"])
     assert repo.branches["main"] == main and repo.tags["v1"] == repo.branches["dev"]
-    assert "extra.json" in files(hub, "me/mine", "dev") and "extra.json" not in files(hub, "me/mine")
+    assert "vocab.json" in files(hub, "me/mine", "dev") and "vocab.json" not in files(hub, "me/mine")
 
     hub_upload.main([str(checkpoint), "me/mine", "--create-pr"])
-    assert repo.branches["main"] == main and "extra.json" in files(hub, "me/mine", "refs/pr/1")
+    assert repo.branches["main"] == main and "vocab.json" in files(hub, "me/mine", "refs/pr/1")
     assert capsys.readouterr().out.strip().endswith("discussions/1")
     assert "revision" not in snippet(card(hub, "me/mine", "refs/pr/1"))
 
@@ -193,6 +194,28 @@ def cut_weights(folder):
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
 
 
+def poison_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    for z in weights.values():
+        if z.is_floating_point():
+            z.view(-1)[0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def name_an_absent_part(folder):
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    parts = {name: f"model-0000{1 + (name == names[0])}-of-00002.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+
+
+def link(folder, name):
+    outside = folder.parent / "outside"
+    outside.write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside)
+
+
 @pytest.mark.parametrize(
     "damage,message",
     [
@@ -206,6 +229,14 @@ def cut_weights(folder):
         (change_config(architectures=["LlamaForCausalLM"]), "config.json cannot be used"),
         (change_config(feedback="correction"), "do not belong together"),
         (cut_weights, "damaged"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json"),
+        (lambda folder: (folder / "results.json").write_text("[]"), "results.json holds list, no object"),
+        (change_config(feedback=None), "weights for which its config.json has no place: model.feedback"),
+        (poison_weights, r"in .*model\.safetensors is not finite"),
+        (name_an_absent_part, "damaged, or missing"),
+        (lambda folder: link(folder, "vocab.json"), r"vocab\.json is a link to .*outside of the folder"),
+        (lambda folder: link(folder, "feedback.py"), r"feedback\.py is a link to .*outside of the folder"),
+        (lambda folder: (folder / "vocab.json").mkdir(), r"vocab\.json is no plain file"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "PEFT adapter"),
         (shutil.rmtree, "There is no folder"),
     ],
@@ -249,7 +280,7 @@ def test_after_a_failure_nothing_is_half_published(step, hub, checkpoint):
     hub.fail_on = lambda method, path: False
     hub_upload.main([str(checkpoint), "me/mine"])
     repo, before = hub.repos["me/mine"], dict(files(hub, "me/mine"))
-    (checkpoint / "extra.json").write_text("{}")
+    (checkpoint / "vocab.json").write_text("{}")
     change_config(tolerance=0.5)(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     with torch.no_grad():
@@ -540,3 +571,19 @@ def test_the_card_says_which_servers_refuse_the_model_and_what_it_needs(tmp_path
     text = str(make_card(tmp_path, "me/mine", None))
     assert "vLLM and SGLang refuse models of this kind" in text
     assert "The code needs torch 2.8 and transformers 5.14, or newer." in text
+
+
+def test_what_is_no_part_of_a_checkpoint_stays_where_it_is(checkpoint):
+    for name in ("credentials.json", "setup_secrets.py", "diary.png", "notes.txt", "optimizer.safetensors", ".env"):
+        (checkpoint / name).write_text("secret")
+    (checkpoint / "dir.json").mkdir()
+    listed = set(contents(checkpoint, "me/mine", "v1"))
+    assert {"config.json", "model.safetensors", "modeling_stateful_gpt.py", "compat.py", "LICENSE"} <= listed
+    assert "training_curve.png" in listed and not listed & {"run.json", "dir.json"}
+    assert not {name for name in listed if (checkpoint / name).is_file() and "secret" in read(checkpoint / name)}
+    (checkpoint / "README.md").write_text("By hand. ![a day](diary.png)")
+    assert contents(checkpoint, "me/mine", "v1").keys() - listed == {"diary.png"}
+
+
+def read(file):
+    return file.read_text(errors="replace")
