@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all test-oldest test-newest lint
 
@@ -30,7 +31,7 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Python compiles what is imported; pip would compile all that it installs, which takes as long as the rest.
+# Python compiles what is imported, and keeps it; pip would compile all that it installs, which takes as long as the rest.
 $(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[training]"
