@@ -22,10 +22,10 @@ from rich.filesize import decimal
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import modeling_stateful_gpt
+from modeling_stateful_gpt.compat import get_relative_import_files
 from modeling_stateful_gpt.upload import contents, read_json, task_of, upload
 
 

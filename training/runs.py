@@ -134,8 +134,6 @@ def saving(file: Path, size: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RunError):
-            raise
         free = shutil.disk_usage(file.parent).free
         full = f"the disk is full: {free / 1e6:.1f} MB are free, and it takes about {size / 1e6:.1f} MB"
         why = (

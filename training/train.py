@@ -962,7 +962,7 @@ def begin(
     """
     folder = Path(training_arguments.output_dir)
     main_process = training_arguments.process_index == 0
-    new = is_empty(folder)
+    new = False
     with training_arguments.main_process_first():
         data = prepared() if prepared else prepare_data(data_arguments, model_arguments.model_name_or_path)
         set_seed(training_arguments.seed)
@@ -977,7 +977,9 @@ def begin(
             except OSError as error:
                 raise RunError(f"{error}; use another --output_dir.") from error
             held.enter_context(locked(folder))
-            check_folder(folder, settings)  # From now on, nobody else writes there.
+            # From now on, nobody else writes there; until now, somebody may have.
+            check_folder(folder, settings)
+            new = is_empty(folder)
         checkpoint = training_arguments.resume_from_checkpoint or last_complete_checkpoint(folder)
     if main_process:
         print(json.dumps(data.report, indent=1))
@@ -1005,7 +1007,7 @@ def begin(
             with saving(folder / "run.json", 10_000):
                 write_json(folder / "run.json", settings)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        if new and main_process:
+        if new:
             shutil.rmtree(folder, ignore_errors=True)
         raise error if isinstance(error, (RunError, DataError)) else RunError(str(error)) from error
     return trainer, data, checkpoint
