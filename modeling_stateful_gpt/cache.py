@@ -325,6 +325,12 @@ class RecurrentStateLayer(StateLayer):
             self.recorded.append(inputs)
         return y, self.state
 
+    def __deepcopy__(self, memo: dict) -> "RecurrentStateLayer":
+        copied = copy.copy(self)
+        # `recur` is a method of the model's layer, which is not to be copied along.
+        copied.__dict__ |= {name: copy.deepcopy(z, memo) for name, z in vars(self).items() if name != "recur"}
+        return copied
+
     def advance(self, recur: Callable[..., tuple], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         y, self.state = recur(self.state, **inputs)
         return y

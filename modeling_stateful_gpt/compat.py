@@ -8,14 +8,18 @@ read, so this file comes first and says what is too old.
 import functools
 import inspect
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
+from torch import distributed as dist
 from torch import nn
 
 OLDEST = {"torch": "2.8", "transformers": "5.14"}
+NEWEST = {"torch": "2.14", "transformers": "5.24"}
+"""With which the tests pass; newer ones may do."""
 
 
 def check_versions(installed: dict[str, str]) -> None:
@@ -31,16 +35,48 @@ def check_versions(installed: dict[str, str]) -> None:
 check_versions({"torch": torch.__version__, "transformers": transformers.__version__})
 
 # ruff: noqa: E402
-from transformers import Cache, UnbatchedClassifierFreeGuidanceLogitsProcessor, cache_utils, configuration_utils
+from transformers import (
+    Cache,
+    GenerationMixin,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    cache_utils,
+    configuration_utils,
+)
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+HOOKS = {
+    GenerationMixin: (
+        "_get_logits_processor",
+        "_prepare_cache_for_generation",
+        "_prepare_position_ids_for_generation",
+        "_validate_model_kwargs",
+    ),
+    nn.Module: ("_get_name", "_replicate_for_data_parallel"),
+}
+"""What our classes override that is not public: where it has another name, ours would never be called."""
+
+
+def check_hooks(hooks: dict[type, tuple[str, ...]]) -> None:
+    """Raises an ImportError where one of the `hooks` of a class is gone."""
+    for cls, names in hooks.items():
+        if missing := [name for name in names if not hasattr(cls, name)]:
+            package = cls.__module__.partition(".")[0]
+            raise ImportError(
+                f"This model's code changes {cls.__name__}.{missing[0]}, which {package} {version(package)} does not "
+                f'have: it is too new. Install one that was tested: pip install "{package}<={NEWEST[package]}.99"'
+            )
+
+
+check_hooks(HOOKS)
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """What transformers calls the cache of a model, as an argument and in its output: `cache` since 5.24."""
@@ -65,6 +101,7 @@ __all__ = [
     "checkpointing",
     "create_mask",
     "get_relative_import_files",
+    "is_sharded",
     "maybe_autocast",
     "merge_with_config_defaults",
     "register_static_layers",
@@ -117,6 +154,16 @@ def checkpointing(model: nn.Module) -> list[Any]:
     """The modules that checkpoint their activations in training mode, and then keep no keys and values. (What a model
     says of itself has had several names.)"""
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process has a share of the weights alone (FSDP, ZeRO-3), so that all must run a layer together."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    shards = (FSDPModule, FullyShardedDataParallel)
+    return is_deepspeed_zero3_enabled() or any(isinstance(module, shards) for module in model.modules())
 
 
 def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ class HubModel(PreTrainedModel):
     ) -> None:
         """As in transformers, with the licence of the code; `push_to_hub` does what the method of that name does."""
         folder = Path(save_directory)
-        if getattr(self, "_hf_peft_config_loaded", False):  # Transformers' own adapters, which are saved alone.
+        if self._hf_peft_config_loaded:  # Transformers' own adapters, which are saved alone.
             return super().save_pretrained(folder, is_main_process, state_dict, push_to_hub, **kwargs)
         names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags", "tag")
         publishing = {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -66,7 +66,7 @@ class HubModel(PreTrainedModel):
                 model card) and `tag`; see `upload`. With transformers' own adapters in the model, only these are
                 published, as transformers does it.
         """
-        if getattr(self, "_hf_peft_config_loaded", False):
+        if self._hf_peft_config_loaded:
             return super().push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -26,15 +27,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
+from .alignment import find_alignment, first_of_sequence
 from .cache import (
-    LastHiddenStateLayer,
     append,
     can_scatter,
-    gather_slots,
     last_hidden_state_layer,
     put,
     refuse_last_hidden_state,
-    reorder_slots,
     scatter,
     snapshot,
 )
@@ -44,6 +43,7 @@ from .compat import (
     accept_cache,
     cache_argument,
     checkpointing,
+    is_sharded,
     merge_with_config_defaults,
     slice_logits_to_keep,
 )
@@ -134,7 +134,7 @@ class LanguageModelRecurrence:
             self.real = torch.ones(batch, self.length, dtype=torch.bool, device=embeds.device)
         self.starts = self.real & (self.position_ids == 0)
         if self.may_be_packed:
-            self.starts |= nn.functional.pad(self.position_ids.diff(dim=1) != 1, (1, 0))
+            self.starts = first_of_sequence(self.position_ids)
 
         self.before = last_hidden_state_layer(cache, model.config.text_config).read() if cache is not None else None
         if self.before is not None and len(self.before[0]) != batch:
@@ -150,6 +150,7 @@ class LanguageModelRecurrence:
         self.has_previous = torch.cat([exists, self.in_force_exists[:, :-1]], dim=1) & ~self.starts
         if attention_mask is not None and attention_mask.ndim == 4 and not torch.compiler.is_compiling():
             self.refuse_hidden_predecessors()
+        self.sharded, self.in_lockstep = is_sharded(model), False
         self.running: Cache | None = None
         self.scattered: Cache | None = None
         self.can_be_split: bool | None = None
@@ -281,6 +282,8 @@ class LanguageModelRecurrence:
     def run(
         self, inputs: torch.Tensor, cache: Cache | None, positions: slice, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
+        if self.in_lockstep:
+            anyone(True, self.embeds.device)
         output = self.model.language_model(
             inputs_embeds=inputs,
             attention_mask=attention_mask,
@@ -292,6 +295,12 @@ class LanguageModelRecurrence:
         self.output = {name: output.get(name) for name in ("hidden_states", "attentions")}
         # Spread over devices, a model's last layer may be on another one than the embedding, where its states go next.
         return output.last_hidden_state.to(self.embeds.device)
+
+    def wait_for_others(self) -> None:
+        """Where the weights are sharded, a run takes all processes, and how many runs it takes depends on the text: who
+        is done before the others runs along until all are."""
+        while self.in_lockstep and anyone(False, self.embeds.device):
+            self.model.language_model(inputs_embeds=self.embeds[:, :1], use_cache=False)
 
     def mask_at(self, position: int) -> torch.Tensor | None:
         """The attention mask of one position, which sees the ones before it and itself."""
@@ -318,65 +327,11 @@ class LanguageModelRecurrence:
         layer.write(self.at(self.in_force, self.slots(states)), self.in_force_exists)
 
 
-def needs_alignment(attention_mask: torch.Tensor | None, cache: Cache | None, length: int) -> bool:
-    """Whether there may be padding before one of `length` new tokens, which can be put in another order."""
-    if attention_mask is None or attention_mask.ndim != 2 or length == 1:
-        return False
-    if cache is not None and not can_scatter(cache):
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    past = int(cache.get_seq_length()) if cache is not None else 0
-    return bool((of_new_tokens(attention_mask, past, length).long().diff(dim=1) > 0).any())
-
-
-class Alignment:
-    """Puts each row's tokens first and its padding last, so that the group of a token does not depend on padding.
-
-    Args:
-        attention_mask: `[B, T]`, 0 on padding.
-        past: how many tokens are in the cache already.
-    """
-
-    def __init__(self, attention_mask: torch.Tensor, past: int):
-        real = attention_mask.bool().long()
-        self.order = real.argsort(dim=1, descending=True, stable=True)
-        self.inverse = self.order.argsort(dim=1)
-        self.tokens_read, self.past = real.cumsum(1), past
-
-    def align(self, z: torch.Tensor) -> torch.Tensor:
-        """`z` `[B, T, …]` with each row's tokens first."""
-        return gather_slots(z, self.order)
-
-    def restore(self, z: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """`z` `[B, …, T, …]`, T being its dimension `dim`, as the tokens stood before."""
-        return gather_slots(z, self.inverse, dim)
-
-    def restore_output(self, output: "StatefulGPTOutputWithPast") -> None:
-        """Restores what a forward returns, and what it has written to its cache."""
-        output.last_hidden_state = self.restore(output.last_hidden_state)
-        for name in ("pass_hidden_states", "hidden_states"):
-            if output.get(name) is not None:
-                output[name] = tuple(self.restore(h) for h in output[name])
-        if output.attentions is not None:
-            output.attentions = tuple(
-                a if a is None else self.restore(self.restore(a, 2), 3) for a in output.attentions
-            )
-        if (cache := getattr(output, CACHE)) is not None:
-            reorder_slots(cache, self.inverse, self.past)
-            self.restore_states(cache.layers[-1])
-
-    def restore_states(self, layer: LastHiddenStateLayer) -> None:
-        """What a layer has recorded: after each slot, the state of the last token up to there."""
-        length = self.order.shape[1]
-        if layer.keys.shape[2] < length:  # It keeps the last one alone, which is the same in any order.
-            return
-        for name in ("keys", "values"):
-            held = getattr(layer, name)
-            earlier, recorded = held[:, :, :-length], held[:, :, -length:]
-            before = earlier[:, :, -1:] if earlier.shape[2] > 0 else torch.zeros_like(recorded[:, :, :1])
-            after = gather_slots(torch.cat([before, recorded], dim=2), self.tokens_read, dim=2)
-            setattr(layer, name, torch.cat([earlier, after], dim=2))
+def anyone(running: bool, device: torch.device) -> bool:
+    """Whether any of the processes is running, each of which says of itself."""
+    flag = torch.tensor(running, dtype=torch.int32, device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def per_token(kwargs: dict, batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -657,20 +612,19 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=text_config)
         attention_mask = read_mask(self.language_model.config, inputs_embeds, attention_mask, past_key_values)
-        alignment, length = None, inputs_embeds.shape[1]
-        if self.groups_positions(training, num_passes, solver, decode_mode) and needs_alignment(
-            attention_mask, past_key_values, length
-        ):
-            past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-            new = of_new_tokens(attention_mask, past, length)
-            alignment = Alignment(new, past)
+        alignment = None
+        if self.groups_positions(training, num_passes, solver, decode_mode):
+            shape = inputs_embeds.shape[:2]
+            alignment = find_alignment(attention_mask, position_ids, past_key_values, shape, self.config.num_groups)
+        if alignment is not None:
             if position_ids is None:
-                position_ids = default_position_ids(length, attention_mask, past_key_values, inputs_embeds.device)
-            attention_mask = torch.cat([attention_mask[:, :past], alignment.align(new)], dim=1)
-            inputs_embeds, position_ids, initial_states = (
-                None if z is None else alignment.align(z) for z in (inputs_embeds, position_ids, initial_states)
+                position_ids = default_position_ids(shape[1], attention_mask, past_key_values, inputs_embeds.device)
+            kwargs |= {name: alignment.align(z) for name, z in per_token(kwargs, *shape).items()}
+            attention_mask = alignment.align_mask(attention_mask)
+            position_ids = alignment.align_positions(position_ids.expand(shape))
+            inputs_embeds, initial_states = (
+                None if z is None else alignment.align(z) for z in (inputs_embeds, initial_states)
             )
-            kwargs |= {name: alignment.align(z) for name, z in per_token(kwargs, *inputs_embeds.shape[:2]).items()}
         kind = TrainingRecurrence if training else LanguageModelRecurrence
         recurrence = kind(self, inputs_embeds, attention_mask, position_ids, past_key_values, initial_states, **kwargs)
         if training:
@@ -743,7 +697,13 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         with evaluation_mode(self):
             return self.solve(LanguageModelRecurrence(self, *inputs, **more), None, solver, "solved").hidden_states
 
-    def solve(
+    def solve(self, recurrence: LanguageModelRecurrence, *how) -> Solution:
+        recurrence.in_lockstep = recurrence.sharded
+        solution = self.solve_alone(recurrence, *how)
+        recurrence.wait_for_others()
+        return solution
+
+    def solve_alone(
         self, recurrence: LanguageModelRecurrence, num_passes: int | None, solver: str | None, decode_mode: str
     ) -> Solution:
         if num_passes is None and decode_mode != "solved" and solver != "sequential":
@@ -816,6 +776,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         embeds = self.get_input_embeddings()(ids[None])
         recurrence = LanguageModelRecurrence(self, embeds, None, None, None)
         recurrence.has_previous, recurrence.can_be_split = torch.zeros_like(recurrence.has_previous), True
+        recurrence.in_lockstep = recurrence.sharded
         self.language_model.eval()
         try:
             whole = recurrence.sweep_groups(None, 0, 1)

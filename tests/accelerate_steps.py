@@ -2,6 +2,7 @@
 
 accelerate launch … accelerate_steps.py train <options of train.py>
 accelerate launch … accelerate_steps.py steps <options of TrainingArguments>
+accelerate launch … accelerate_steps.py solve <options of TrainingArguments>
 """
 
 import json
@@ -87,6 +88,35 @@ def steps(options: list[str]) -> dict[str, dict]:
     return seen
 
 
+SOLVED = {
+    "training": {"training_solver": "cyclic", "num_no_grad_passes": None, "num_passes": 1},
+    "evaluation": {},
+    "stepping": {"solver": "sequential"},
+}
+
+
+def solve(options: list[str]) -> list[dict]:
+    """What each of two texts, of which one is longer and takes more passes, gives: each process has one; a process
+    alone, one after the other. Also written to `seen-RANK.json` in the output folder."""
+    (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(["--use_cpu=true", *options])
+    texts = [tokens(1, 4), tokens(2, 19)]
+    if arguments.world_size > 1:
+        texts = [texts[arguments.process_index]]
+    seen = []
+    for config in SOLVED.values():
+        prepare_state()
+        trainer = Trainer(stateful("llama", torch.float32, num_groups=2, tolerance=1e-5, **config), arguments)
+        parameters = torch.optim.SGD(trainer.model.parameters())
+        model, _ = trainer.accelerator.prepare(trainer.model, parameters)
+        for text in texts:
+            with torch.set_grad_enabled("training_solver" in config):
+                outputs = model.train("training_solver" in config)(text, labels=text)
+            generated = model.eval().generate(text[:1, :4], max_new_tokens=4, do_sample=False)
+            seen.append({"loss": outputs.loss.item(), "passes": outputs.passes, "text": generated.tolist()})
+    Path(arguments.output_dir, f"seen-{arguments.process_index}.json").write_text(json.dumps(seen))
+    return seen
+
+
 def train_py(options: list[str]) -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
     from train import parse, run_command, train
@@ -97,4 +127,4 @@ def train_py(options: list[str]) -> None:
 if __name__ == "__main__":
     command, *options = sys.argv[1:]
     prepare_state()
-    {"train": train_py, "steps": steps}[command](options + FSDP_OPTIONS)
+    {"train": train_py, "steps": steps, "solve": solve}[command](options + FSDP_OPTIONS)

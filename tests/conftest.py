@@ -1,6 +1,7 @@
 """Nothing here may need a network; remote code goes to a folder of this test run; memory starts as NaN."""
 
 import functools
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -40,6 +41,11 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 _device_constructors()  # `with torch.device(…)` remembers these functions the first time, and must know the real ones.
 torch.empty, torch.empty_like, torch.empty_strided = map(poisoned, (torch.empty, torch.empty_like, torch.empty_strided))
 torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: accelerate collects garbage whenever training starts, and would walk through it."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

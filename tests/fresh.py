@@ -9,12 +9,13 @@ import socket
 import sys
 import types
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 ROOT = Path(__file__).parents[1]
+OUTPUTS = TemporaryDirectory(prefix="fresh_")
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Nothing of ours, and nothing that reads Hugging Face's variables of the environment when it is imported.
@@ -33,7 +34,7 @@ class Interpreter(CONTEXT.Process):
     """`python SCRIPT ARGUMENTS`, or `python -c CODE ARGUMENTS`, started at once."""
 
     def __init__(self, *arguments, env: dict[str, str] | None = None, cwd: Path | None = None):
-        self.folder = Path(mkdtemp(prefix="fresh_"))
+        self.folder = Path(mkdtemp(dir=OUTPUTS.name))
         environment = {**(env or os.environ), "OMP_NUM_THREADS": "1"}
         super().__init__(
             target=execute, args=([*map(str, arguments)], environment, str(cwd or Path.cwd()), str(self.folder))

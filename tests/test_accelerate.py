@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from accelerate_steps import hybrid, steps
+from accelerate_steps import hybrid, solve, steps
 from fresh import run_fresh, run_fresh_ranks
 from safetensors.torch import load_file
 from tiny import few, stateful, tokens
@@ -74,6 +74,17 @@ def test_two_processes_make_the_steps_of_one(start, config, share, one_process, 
     for name, expected in one_process.items():
         same_steps(seen[name], expected)
         assert seen[name]["share"] == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.client("accelerate", "DDP and FSDP2 on two processes")
+def test_each_process_may_take_other_numbers_of_passes_to_solve_its_text(tmp_path):
+    alone = solve([f"--output_dir={tmp_path}"])
+    run_fresh_ranks("fsdp2.yaml", STEPS, "solve", f"--output_dir={tmp_path}")
+    for rank in range(2):
+        seen, expected = json.loads((tmp_path / f"seen-{rank}.json").read_text()), alone[rank::2]
+        for mine, its in zip(seen, expected, strict=True):
+            assert mine == {**its, "loss": pytest.approx(its["loss"], rel=2e-5)}
+    assert alone[2]["passes"] != alone[3]["passes"]
 
 
 # train.py with FSDP2

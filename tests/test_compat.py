@@ -14,7 +14,15 @@ from tiny import BACKBONES, shared, tokens
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
-from modeling_stateful_gpt.compat import CACHE, OLDEST, cache_argument, check_versions, slice_logits_to_keep
+from modeling_stateful_gpt.compat import (
+    CACHE,
+    HOOKS,
+    OLDEST,
+    cache_argument,
+    check_hooks,
+    check_versions,
+    slice_logits_to_keep,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +34,13 @@ def test_a_version_that_is_too_old_is_refused_in_one_sentence(package):
     with pytest.raises(ImportError, match=rf"needs {package} {re.escape(OLDEST[package])} or newer, and 1\.9 is") as it:
         check_versions({**OLDEST, package: "1.9"})
     assert "\n" not in str(it.value) and "pip install" in str(it.value)
+
+
+def test_a_version_that_is_too_new_is_refused_in_one_sentence():
+    with pytest.raises(
+        ImportError, match=r"changes Linear\._renamed, which torch [\d.]+\S* does not have: it is too new.*pip install"
+    ):
+        check_hooks({**HOOKS, torch.nn.Linear: ("forward", "_renamed")})
 
 
 IN_THE_PAST = """

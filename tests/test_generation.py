@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
+from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
 from modeling_stateful_gpt.cache import last_hidden_state_layer
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
@@ -251,6 +251,23 @@ def test_what_copies_a_cache_keeps_refusing():
             with pytest.raises(RuntimeError, match=r"Cannot remove 2 tokens: 0 were recorded.*activate_past_recording"):
                 duplicate.crop(-2)
             torch.testing.assert_close(model(ids[:, 4:], past_key_values=duplicate).logits, expected[:, 4:])
+
+
+def test_a_copy_of_a_recorded_cache_takes_tokens_back_without_a_copy_of_the_model():
+    layers = ["reversible", "full_attention"]
+    model, ids = GateLoopForCausalLM(GateLoopConfig(**LLAMA_LIKE, layer_types=layers)).eval(), tokens(2, 9)
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        cache.activate_past_recording()
+        model(ids[:, 4:], past_key_values=cache)
+        duplicate = copy.deepcopy(cache)
+        weights = {id(p) for p in model.parameters()}
+        for number, one in enumerate((duplicate, cache)):
+            assert {id(p) for p in one.layers[0].recur.__self__.parameters()} <= weights
+            one.crop(-2 - number)
+            torch.testing.assert_close(
+                model(ids[:, 7 - number :], past_key_values=one).logits, model(ids).logits[:, 7 - number :]
+            )
 
 
 def guided(model, ids, negative, scale, **how):

@@ -51,9 +51,10 @@ def test_attention_implementations_agree(config):
     torch.testing.assert_close(*results)
 
 
-def test_flex_attention_agrees():
+@pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.exhaustive)])
+def test_flex_attention_agrees(stance):
     model, ids = gpt(torch.float32), tokens(2, 11)
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance(stance):
         expected = model(ids).logits
         model.set_attn_implementation("flex_attention")
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)

@@ -695,6 +695,38 @@ def test_padding_changes_neither_training_passes_nor_their_gradients(drawn, sche
         torch.testing.assert_close(a, p.grad, **bound)
 
 
+@MANY
+@given(
+    models(),
+    st.sampled_from(sorted(SCHEMES)),
+    st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=2),
+)
+@example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, "cyclic, shared masks", [[5, 4], [9]])
+def test_packing_changes_neither_training_passes_nor_their_gradients(drawn, scheme, rows):
+    length = max(map(sum, rows))
+    rows = [[*lengths, *[length - sum(lengths)] * (sum(lengths) < length)] for lengths in rows]
+    ids, positions = tokens(len(rows), length), torch.stack([torch.cat([*map(torch.arange, row)]) for row in rows])
+    model = train(**drawn, **SCHEMES[scheme], num_groups=3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    weights = torch.randn(length, 32, dtype=drawn["dtype"])
+    whole = model.model(ids, position_ids=positions, use_cache=False, output_hidden_states=True)
+    packed = whole.pass_hidden_states[-1]
+    assert packed.shape == whole.hidden_states[-1].shape == (len(rows), length, 32)
+    sum((row * weights[where]).sum() for row, where in zip(packed, positions, strict=True)).backward()
+    together = [p.grad for p in model.model.parameters()]
+    model.zero_grad()
+    for row, lengths in enumerate(rows):
+        for a, b in pairwise([0, *accumulate(lengths)]):
+            alone = model.model(ids[row : row + 1, a:b]).pass_hidden_states[-1][0]
+            (alone * weights[: b - a]).sum().backward()
+            torch.testing.assert_close(packed[row, a:b], alone, **tolerance(drawn["dtype"]))
+    bound = {"atol": 1e-3, "rtol": 1e-2} if drawn["dtype"] == torch.float32 else {"atol": 1e-6, "rtol": 1e-4}
+    for a, p in zip(together, model.model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, **bound)
+
+
 @given(models(), st.lists(st.integers(0, 5), min_size=1, max_size=3), st.sampled_from(["left", "right", "hole"]))
 def test_padding_changes_no_fixed_number_of_passes_nor_what_is_decoded_after_them(drawn, pads, side):
     model = shared(**drawn, num_groups=3, training_solver="cyclic", decode_mode="passes", prefill_passes=3)

@@ -1,6 +1,10 @@
 """States that are kept from one epoch to the next: each stays with its token."""
 
 import json
+import os
+import shutil
+import signal
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -12,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_training import TRAINING, losses, options, run_and_kill, text_files  # noqa: F401
 from train import RunError, logger, parse, prepare_data, train
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
-from warm_start import StateStore, WarmStart, Windows, collate
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from warm_start import StatesMissing, StateStore, WarmStart, Windows, collate
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
 
@@ -90,7 +94,7 @@ def test_states_that_are_gone_or_have_no_room_are_said_to_be(tmp_path):
         store.write(epoch, torch.tensor([0]), torch.ones(1, 10, 4))
     store.keep({1, 2, 7})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-1.bf16", "epoch-2.bf16"]
-    with pytest.raises(FileNotFoundError, match=r"epoch-0.bf16 is missing: epoch 1 starts from"):
+    with pytest.raises(FileNotFoundError, match=r"epoch-0.bf16 is missing, and training cannot go on"):
         store.read(1, torch.tensor([0]), 5)
     (tmp_path / "epoch-0.bf16").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"epoch-0.bf16 is damaged"):
@@ -226,14 +230,64 @@ def test_states_are_said_to_be_of_little_use_for_a_single_epoch(text_files, tmp_
     assert "6 steps are only 0." in caplog.text
 
 
-def test_missing_states_are_no_traceback(text_files, tmp_path):  # noqa: F811
-    set_seed(0)
-    train(*parse(arguments(text_files, tmp_path / "run", "--save_steps=20", "--save_total_limit=5")))
-    (tmp_path / "run/results.json").unlink()
-    assert len(list((tmp_path / "run/states").iterdir())) == 1
-    for path in (tmp_path / "run/states").iterdir():
-        path.unlink()
-    last = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
-    (last / "trainer_state.json").unlink()
-    with pytest.raises(RunError, match="is missing: epoch 2 starts from the states that it held"):
-        train(*parse(arguments(text_files, tmp_path / "run", "--save_steps=20", "--save_total_limit=5")))
+DAMAGE = {
+    "missing": Path.unlink,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "not finite": lambda path: path.write_bytes(b"\xff" * path.stat().st_size),
+    "one bit": lambda path: path.write_bytes(flipped(path.read_bytes())),
+}
+
+
+def flipped(contents):
+    # The last states that are there.
+    place = max(i for i, byte in enumerate(contents) if byte)
+    return contents[:place] + bytes([contents[place] ^ 1]) + contents[place + 1 :]
+
+
+@pytest.fixture(scope="module")
+def in_the_second_epoch(text_files, tmp_path_factory):  # noqa: F811
+    """The options and the folder of a run that is half through its second epoch."""
+    folder = tmp_path_factory.mktemp("warm") / "run"
+    given = arguments(text_files, folder, "--save_strategy=no")
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.epoch > 1.5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    assert train(*parse(given), callbacks=[Interrupt()]) is None
+    return given, folder
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_no_states_can_be_damaged_unnoticed(epoch, in_the_second_epoch, tmp_path):
+    _, folder = in_the_second_epoch
+    (checkpoint,) = folder.glob("checkpoint-*")
+    for name, damage in DAMAGE.items():
+        shutil.copytree(folder / "states", tmp_path / name)
+        store = StateStore(tmp_path / name, states(folder, 0).shape[0], 32)
+        store.check([*checkpoint.glob("states_*")])
+        store = StateStore(tmp_path / name, states(folder, 0).shape[0], 32)
+        path = tmp_path / name / f"epoch-{epoch}.bf16"
+        damage(path)
+        what = "missing" if name == "missing" else "damaged"
+        with pytest.raises(StatesMissing, match=rf"epoch-{epoch}\.bf16 is {what}, and training cannot go on without"):
+            store.check([*checkpoint.glob("states_*")])
+        assert path.exists() == (name != "missing"), "not made anew"
+
+
+def test_a_run_goes_on_when_its_damaged_states_are_put_back(in_the_second_epoch, tmp_path):
+    given, folder = in_the_second_epoch
+    given = [*given, f"--output_dir={tmp_path / 'run'}"]
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run/states/epoch-1.bf16"
+    DAMAGE["zeroed"](path)
+    with pytest.raises(RunError, match=r"epoch-1\.bf16 is damaged, and training cannot go on without"):
+        train(*parse(given))
+    shutil.copy(folder / "states/epoch-1.bf16", path)
+    train(*parse(given))
+    train(*parse([*given, f"--output_dir={tmp_path / 'whole'}"]))
+    expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)

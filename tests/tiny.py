@@ -71,11 +71,14 @@ JACOBI = {"training_solver": "jacobi", "num_no_grad_passes": 0}
 """The passes that are the easiest to follow, two of them."""
 
 
-def stateful(backbone: str = "gateloop", dtype: torch.dtype = torch.float64, **config) -> StatefulGPTForCausalLM:
+def stateful(
+    backbone: str | PreTrainedConfig = "gateloop", dtype: torch.dtype = torch.float64, **config
+) -> StatefulGPTForCausalLM:
     """In eval mode, solved until nothing changes, with weights large enough for every path to matter."""
     torch.manual_seed(0)
     config = {"tolerance": 0.0, **JACOBI, "num_passes": 2, **config}
-    model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=text_config(backbone), **config)).to(dtype).eval()
+    decoder = text_config(backbone) if isinstance(backbone, str) else backbone
+    model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=decoder, **config)).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -14,11 +14,14 @@ model is trained on grows one token deeper with every epoch. In the first, where
 
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -63,7 +66,7 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class StatesMissing(FileNotFoundError):
-    """The file of the epoch before is gone; the message says what to do."""
+    """States that the run goes on from are gone or damaged; the message says what to do."""
 
 
 class StateStore:
@@ -71,7 +74,7 @@ class StateStore:
 
     An epoch reads the file of the one before and writes its own. So a run that is killed and resumed in the middle of
     an epoch reads what it read before, and processes of one machine that share the folder never read what another is
-    writing.
+    writing. A checkpoint keeps a checksum of the states of each window that was written until then.
 
     Raises:
         OSError: if the disk has no room for `epochs` files, or the folder has states of another text or width.
@@ -79,7 +82,8 @@ class StateStore:
 
     def __init__(self, folder: str | Path, num_tokens: int, width: int, epochs: int = 2):
         self.folder, self.shape = Path(folder), (num_tokens, width)
-        self.files: dict[int, torch.Tensor] = {}
+        self.files: dict[int, np.memmap] = {}
+        self.checksums: dict[int, dict[tuple[int, int], int]] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         present = sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.bf16"))
         needed, free = epochs * self.size - present, shutil.disk_usage(self.folder).free
@@ -106,17 +110,52 @@ class StateStore:
         """
         if epoch == 0:
             return None
-        path = self.path(epoch - 1)
-        if epoch - 1 not in self.files and (not path.exists() or path.stat().st_size != self.size):
-            raise StatesMissing(
-                f"{path} is {'damaged' if path.exists() else 'missing'}: epoch {epoch} starts from the states that it "
-                f"held. Put it back, or start anew in another output folder."
-            )
+        if epoch - 1 not in self.files:
+            self.check_file(epoch - 1)
         return self.file(epoch - 1)[self.places(start, length)]
 
     def write(self, epoch: int, start: torch.Tensor, states: torch.Tensor) -> None:
         """Keeps the states `[B, T, D]` of the T tokens from each place in `start` `[B]` on."""
-        self.file(epoch)[self.places(start, states.shape[1])] = states.detach().to("cpu", torch.bfloat16)
+        states = states.detach().to("cpu", torch.bfloat16)
+        length = states.shape[1]
+        self.file(epoch)[self.places(start, length)] = states
+        written = self.checksums.setdefault(epoch, {})
+        written |= {(place, length): checksum(rows) for place, rows in zip(start.tolist(), states, strict=True)}
+
+    def check_file(self, epoch: int) -> None:
+        path = self.path(epoch)
+        if not path.exists() or path.stat().st_size != self.size:
+            raise StatesMissing(lost_states(path, "damaged" if path.exists() else "missing"))
+
+    def save_checksums(self, file: Path, epochs: set[int]) -> None:
+        """Writes to `file` the checksums of the states that this process has written in these epochs; the states are on
+        the disk then."""
+        for written in self.files.values():
+            written.flush()
+        tables = {
+            str(epoch): torch.tensor([(*window, digest) for window, digest in written.items()])
+            for epoch, written in self.checksums.items()
+            if epoch in epochs
+        }
+        save_file(tables, file)
+
+    def check(self, files: list[Path]) -> None:
+        """Compares the states with the checksums in `files`, and goes on from those.
+
+        Raises:
+            StatesMissing: if states are gone or damaged.
+        """
+        for file in files:
+            try:
+                tables = load_file(file)
+            except (SafetensorError, OSError) as error:
+                raise StatesMissing(lost_states(file, "damaged")) from error
+            for epoch, rows in ((int(name), table.tolist()) for name, table in tables.items()):
+                self.check_file(epoch)
+                for start, length, expected in rows:
+                    if checksum(self.file(epoch)[self.places(torch.tensor([start]), length)[0]]) != expected:
+                        raise StatesMissing(lost_states(self.path(epoch), "damaged"))
+                    self.checksums.setdefault(epoch, {})[start, length] = expected
 
     def places(self, start: torch.Tensor, length: int) -> torch.Tensor:
         return (start.cpu()[:, None] + torch.arange(length)) % self.shape[0]
@@ -130,16 +169,29 @@ class StateStore:
                 raise OSError(f"{self.path(epoch)} has states of another text or width; use another folder.")
             os.ftruncate(descriptor, self.size)  # Another process may have made it: then this changes nothing.
             os.close(descriptor)
-            numbers = np.memmap(self.path(epoch), dtype=np.uint16, mode="r+", shape=self.shape)
-            self.files[epoch] = torch.from_numpy(numbers).view(torch.bfloat16)
-        return self.files[epoch]
+            self.files[epoch] = np.memmap(self.path(epoch), dtype=np.uint16, mode="r+", shape=self.shape)
+        return torch.from_numpy(self.files[epoch]).view(torch.bfloat16)
 
     def keep(self, epochs: set[int]) -> None:
         """Deletes the files of all other epochs."""
-        self.files = {number: file for number, file in self.files.items() if number in epochs}
+        for held in (self.files, self.checksums):
+            for number in held.keys() - epochs:
+                del held[number]
         for path in self.folder.glob("epoch-*.bf16"):
             if int(path.stem.removeprefix("epoch-")) not in epochs:
                 path.unlink(missing_ok=True)
+
+
+def checksum(states: torch.Tensor) -> int:
+    """Of states `[T, D]` in bf16."""
+    return zlib.crc32(states.contiguous().view(torch.uint8).numpy().data)
+
+
+def lost_states(path: Path, what: str) -> str:
+    return (
+        f"{path} is {what}, and training cannot go on without the states that it holds. Put it back, or start anew in "
+        f"another output folder."
+    )
 
 
 class WarmStart:
@@ -169,6 +221,19 @@ class WarmStart:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
         self.state_store.write(epoch, start, outputs.states)
         return (loss, outputs) if return_outputs else loss
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        if self.state_store is not None:
+            file = Path(output_dir, f"states_{PartialState().process_index}.safetensors")
+            self.state_store.save_checksums(file, epochs_of(self.state))  # type: ignore[attr-defined]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        if self.state_store is not None and checkpoint is not None:
+            process = PartialState()
+            files = sorted(Path(checkpoint).glob("states_*.safetensors"))
+            self.state_store.check(files[process.process_index :: process.num_processes])
 
 
 @torch.no_grad()
@@ -218,9 +283,14 @@ class NextEpoch(TrainerCallback):
         processes = PartialState()
         processes.wait_for_everyone()  # What another process has written is read from now on.
         if processes.is_main_process:
-            # In epoch e, a run reads the states of epoch e - 1 and has written some of epoch e.
-            saved = [state.epoch or 0 for state in map(saved_state, sort_checkpoints(args.output_dir)) if state]
-            self.store.keep({int(e) - before for e in [epoch, *saved] for before in (0, 1)})
+            saved = filter(None, map(saved_state, sort_checkpoints(args.output_dir)))
+            self.store.keep(set().union(*map(epochs_of, [state, *saved])))
+
+
+def epochs_of(state: TrainerState) -> set[int]:
+    """Whose states a run goes on from: it reads those of the epoch before, and has written some of this one."""
+    epoch = int(state.epoch or 0)
+    return {epoch - 1, epoch}
 
 
 def saved_state(checkpoint: str) -> TrainerState | None:

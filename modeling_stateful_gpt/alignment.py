@@ -1,0 +1,152 @@
+"""Orders of a row's positions in which the group of a token depends on its own sequence alone.
+
+The cyclic solver splits a row by `slot % num_groups`, and a fixed number of its passes gives each group other states.
+Padding before a sequence, or another sequence packed before it, must not move a token to another group.
+"""
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from .cache import LastHiddenStateLayer, can_scatter, gather_slots, reorder_slots
+from .compat import CACHE
+from .modeling_gateloop import of_new_tokens
+
+
+def first_of_sequence(position_ids: torch.Tensor) -> torch.Tensor:
+    """`[B, T]`: where a packed sequence begins. Whatever does not follow its predecessor is another sequence."""
+    return (position_ids == 0) | nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
+
+
+class Alignment:
+    """Puts the T positions of each row in another order, and what comes of it back.
+
+    Args:
+        order: `[B, T']`, the position that each place takes its token from.
+        places: `[B, T]`, the place of each position.
+    """
+
+    def __init__(self, order: torch.Tensor, places: torch.Tensor):
+        self.order, self.places = order, places
+
+    def align(self, z: torch.Tensor) -> torch.Tensor:
+        """`z` `[B or 1, T, …]` in the order of this alignment, `[B, T', …]`."""
+        return gather_slots(z, self.order)
+
+    def restore(self, z: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """`z` `[B, …, T', …]`, T' being its dimension `dim`, in the order of the row."""
+        return gather_slots(z, self.places, dim)
+
+    def align_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        return attention_mask
+
+    def align_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.align(position_ids)
+
+    def restore_cache(self, cache: Cache) -> None:
+        """There is none where sequences are packed."""
+
+    def restore_output(self, output) -> None:
+        """Restores what a forward returns, and what it has written to its cache."""
+        output.last_hidden_state = self.restore(output.last_hidden_state)
+        for name in ("pass_hidden_states", "hidden_states"):
+            if output.get(name) is not None:
+                output[name] = tuple(self.restore(h) for h in output[name])
+        if output.attentions is not None:
+            output.attentions = tuple(
+                a if a is None else self.restore(self.restore(a, 2), 3) for a in output.attentions
+            )
+        if (cache := getattr(output, CACHE)) is not None:
+            self.restore_cache(cache)
+
+
+class PaddingAlignment(Alignment):
+    """Puts each row's tokens first and its padding last.
+
+    Args:
+        attention_mask: `[B, past + T]`, 0 on padding.
+        past: how many tokens are in the cache already.
+    """
+
+    def __init__(self, attention_mask: torch.Tensor, past: int, length: int):
+        real = of_new_tokens(attention_mask, past, length).bool().long()
+        order = real.argsort(dim=1, descending=True, stable=True)
+        super().__init__(order, order.argsort(dim=1))
+        self.tokens_read, self.past = real.cumsum(1), past
+
+    def align_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        assert attention_mask is not None
+        new = of_new_tokens(attention_mask, self.past, self.order.shape[1])
+        return torch.cat([attention_mask[:, : self.past], self.align(new)], dim=1)
+
+    def restore_cache(self, cache: Cache) -> None:
+        reorder_slots(cache, self.places, self.past)
+        self.restore_states(cache.layers[-1])
+
+    def restore_states(self, layer: LastHiddenStateLayer) -> None:
+        """What a layer has recorded: after each slot, the state of the last token up to there."""
+        length = self.order.shape[1]
+        if layer.keys.shape[2] < length:  # It keeps the last one alone, which is the same in any order.
+            return
+        for name in ("keys", "values"):
+            held = getattr(layer, name)
+            earlier, recorded = held[:, :, :-length], held[:, :, -length:]
+            before = earlier[:, :, -1:] if earlier.shape[2] > 0 else torch.zeros_like(recorded[:, :, :1])
+            after = gather_slots(torch.cat([before, recorded], dim=2), self.tokens_read, dim=2)
+            setattr(layer, name, torch.cat([earlier, after], dim=2))
+
+
+class PackingAlignment(Alignment):
+    """Lets each packed sequence begin at a multiple of `num_groups`.
+
+    The places between two sequences, fewer than `num_groups`, are taken by sequences of one token, which nobody reads.
+
+    Args:
+        position_ids: `[B, T]`.
+    """
+
+    def __init__(self, position_ids: torch.Tensor, num_groups: int):
+        first = first_of_sequence(position_ids)
+        slots = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+        lengths = slots - torch.where(first, slots, 0).cummax(dim=1).values + 1
+        gaps = nn.functional.pad((-lengths[:, :-1]) % num_groups, (1, 0)) * first
+        places = slots + gaps.cumsum(dim=1)
+        order = places.new_zeros(len(places), int(places.max()) + 1).scatter(1, places, slots)
+        super().__init__(order, places)
+        self.filled = torch.zeros_like(order, dtype=torch.bool).scatter(1, places, True)
+
+    def align_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.align(position_ids).masked_fill(~self.filled, 0)
+
+
+def find_alignment(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    shape: torch.Size,
+    num_groups: int,
+) -> Alignment | None:
+    """The alignment that a batch of `shape` `[B, T]` needs; None where the tokens of each row are one sequence from its
+    first slot on, and where their order cannot be changed (a 4-D mask, another cache)."""
+    length = shape[1]
+    if length == 1 or num_groups == 1:
+        return None
+    if attention_mask is None:
+        return (
+            find_packing(position_ids.expand(shape), num_groups) if position_ids is not None and cache is None else None
+        )
+    if attention_mask.ndim != 2 or (cache is not None and not can_scatter(cache)):
+        return None
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    # A graph cannot look at the mask.
+    if not torch.compiler.is_compiling():
+        real = of_new_tokens(attention_mask, past, length).bool().long()
+        if not (real.diff(dim=1) > 0).any():
+            return None
+    return PaddingAlignment(attention_mask, past, length)
+
+
+@torch.compiler.disable
+def find_packing(position_ids: torch.Tensor, num_groups: int) -> Alignment | None:
+    """Not compiled: how many places it takes depends on where the sequences begin."""
+    return PackingAlignment(position_ids, num_groups) if first_of_sequence(position_ids)[:, 1:].any() else None
