@@ -5,26 +5,28 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
+# Three for two cores: they wait for processes that they start.
+PARALLEL := -n 3 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test test-all test-oldest test-newest lint
+.PHONY: demo test test-all test-oldest test-newest lint .venv-newest/test
 
 demo: $(VENV)/demo
 	$(BIN)/python training/compare.py --arms gpt stateful --num_hidden_layers 2 --max_steps 300 --output_dir runs/demo
 
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope --junitxml $(VENV)/tests.xml
+	$(BIN)/python -m pytest $(PARALLEL) --junitxml $(VENV)/tests.xml
 	$(BIN)/python tests/compatibility.py $(VENV)/tests.xml --check
 
 # With what is slow by nature, and many more examples, which differ from run to run.
 test-all: $(VENV)/test lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "" --hypothesis-profile exhaustive
+	$(BIN)/python -m pytest $(PARALLEL) -m "" --hypothesis-profile exhaustive
 
 # The package without its clients, on the oldest versions that it works with, and on the newest that there are. Some of
 # these bring CUDA along: 3 to 6 GB.
 test-oldest test-newest: test-%: .venv-%/test
-	.venv-$*/bin/python -m pytest -n 2 --dist loadscope $(addprefix tests/test_,$(addsuffix .py, \
-		compat configuration generation gateloop_model modeling_gateloop modeling_stateful_gpt peft remote_code solvers \
-		training unbounded warm_start))
+	.venv-$*/bin/python -m pytest $(PARALLEL) $(addprefix tests/test_,$(addsuffix .py, \
+		accelerate compat compile configuration faults gate_loop gateloop_model generation hub_upload modeling_gateloop \
+		modeling_stateful_gpt peft remote_code reversible solvers training unbounded warm_start))
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

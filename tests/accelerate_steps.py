@@ -8,6 +8,8 @@ accelerate launch … accelerate_steps.py solve <options of TrainingArguments>
 import json
 import os
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,15 +65,15 @@ def prepare_state() -> None:
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
 
 
-def steps(options: list[str]) -> dict[str, dict]:
+def steps(options: list[str], names: Iterable[str] = MODELS) -> dict[str, dict]:
     """What each model showed its user, also written to `seen.json` in the output folder."""
     defaults = ["--max_steps=5", "--logging_steps=1", "--learning_rate=1e-2", "--save_strategy=no", "--use_cpu=true"]
     defaults += ["--disable_tqdm=true", "--report_to=none", "--ddp_find_unused_parameters=true"]
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*defaults, *options])
     seen = {}
-    for name, build in MODELS.items():
+    for name in names:
         prepare_state()
-        trainer = Trainer(build(), arguments, train_dataset=examples(80))
+        trainer = Trainer(MODELS[name](), arguments, train_dataset=examples(80))
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
         parameters = list(trainer.model.parameters())
@@ -127,4 +129,6 @@ def train_py(options: list[str]) -> None:
 if __name__ == "__main__":
     command, *options = sys.argv[1:]
     prepare_state()
-    {"train": train_py, "steps": steps, "solve": solve}[command](options + FSDP_OPTIONS)
+    few_steps = partial(steps, names=["cyclic", "mixture around a hybrid"])
+    commands = {"train": train_py, "steps": steps, "few_steps": few_steps, "solve": solve}
+    commands[command](options + FSDP_OPTIONS)

@@ -48,8 +48,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+LONG = ("training", "compile", "accelerate", "clients", "warm_start", "faults", "unbounded", "state_tracking", "peft")
+"""The files that take longest begin first, or one would run on alone (with --no-loadscope-reorder)."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Writes into the JUnit report which client a test speaks for (see compatibility.py)."""
+    order = [f"test_{name}" for name in LONG]
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
     for item in items:
         for mark in item.iter_markers("client"):
             item.user_properties.append(("client", "\t".join(mark.args)))

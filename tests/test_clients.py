@@ -283,7 +283,7 @@ chats, *folders = sys.argv[1:]
 answers = []
 for folder in folders:
     arguments = SFTConfig(
-        folder + "/trained", trust_remote_code=True, max_steps=120, learning_rate=1e-2, per_device_train_batch_size=4,
+        folder + "/trained", trust_remote_code=True, max_steps=80, learning_rate=1e-2, per_device_train_batch_size=4,
         use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
     )
     data = load_dataset("json", data_files=chats, cache_dir=folder + "/cache", split="train")
@@ -565,7 +565,7 @@ def test_classification_is_learned(name, kind, tmp_path):
     trainer = Trainer(
         model_class.from_pretrained(save(learned(name), tmp_path), num_labels=2),
         TrainingArguments(
-            tmp_path, max_steps=240, per_device_train_batch_size=32, learning_rate=1e-2, logging_steps=10,
+            tmp_path, max_steps=160, per_device_train_batch_size=32, learning_rate=1e-2, logging_steps=10,
             use_cpu=True, report_to="none", disable_tqdm=True,
         ),
         data_collator=collator(chat_tokenizer()),

@@ -50,13 +50,13 @@ STEPS = {
     "stateful, passes apart": around("gpt", detach_between_passes=True),
     "stateful, cyclic": around("gpt", training_solver="cyclic", num_passes=3, num_groups=2),
     "stateful, as by default": around(
-        "gpt", training_solver="cyclic", num_no_grad_passes=2, num_passes=1, num_groups=3
+        "gpt", training_solver="cyclic", num_no_grad_passes=2, num_passes=1, num_groups=2
     ),
     "stateful token shift": around("gpt", feedback_source="embedding"),
     "stateful around gpt2": around("gpt2"),
     "stateful around hybrid": around("hybrid"),
     "stateful around llama": around("llama"),
-    "stateful around llama, cyclic": around("llama", training_solver="cyclic", num_groups=3),
+    "stateful around llama, cyclic": around("llama", training_solver="cyclic", num_groups=2),
 }
 
 
@@ -134,7 +134,7 @@ def test_steps_of_all_lengths_are_two_graphs(name):
 
 @pytest.mark.parametrize("solver,fullgraph", few([("jacobi", True), ("cyclic", False)], [("cyclic", False)]))
 def test_a_packed_training_step_is_compiled(solver, fullgraph):
-    model = around("gpt", training_solver=solver, num_passes=3, num_groups=3)().train()
+    model = around("gpt", training_solver=solver, num_passes=2, num_groups=2)().train()
     compiled = torch.compile(model, fullgraph=fullgraph, backend="eager")
     positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
     inputs = {"input_ids": tokens(1, 9), "position_ids": positions, "use_cache": False}
@@ -241,7 +241,8 @@ def test_evaluation_by_a_fixed_number_of_passes_is_one_graph(name):
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("name", few(["stateful around hybrid", "stateful around llama"], ["stateful around hybrid"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["stateful around hybrid", "stateful around llama"])
 def test_solved_to_a_tolerance_a_compiled_model_gives_the_same(name):
     model, ids = trained(name), tokens(2, 3)
     compiled = torch.compile(model, backend="eager")

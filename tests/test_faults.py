@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -107,6 +108,68 @@ def test_killed_after_its_last_step_a_run_only_finishes(more, text_files, tmp_pa
     assert "missing keys" not in caplog.text
 
 
+KILLED = """
+import os, signal, sys
+number, folder, training, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, training)
+from train import main, run_command
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree")
+seen = 0
+
+def look(event, arguments):
+    global seen
+    change = event in CHANGES or (event == "open" and arguments[2] & WRITING)
+    if change and str(arguments[0]).startswith(folder):
+        seen += 1
+        if seen == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(look)
+run_command(main)
+print(seen)
+"""
+KINDS_OF_RUN = {
+    "blocks": [],
+    "best": ["--load_best_model_at_end=true", "--eval_steps=2"],
+    "patience": ["--max_steps=-1", "--patience=1", "--eval_steps=2", "--learning_rate=1", "--max_grad_norm=0"],
+    "random offsets": ["--random_offsets=true"],
+    "warm start": ["--preset=warm_start", "--max_train_bytes=2000", "--max_steps=16", "--save_steps=4"],
+    "a step for each pass": ["--preset=step_per_pass"],
+    **{
+        name: [
+            "--preset=gateloop",
+            f"--context={name}",
+            "--chunk_size=512",
+            "--progress_seconds=0",
+            "--max_train_bytes=9000",
+        ]
+        for name in ("unbounded", "truncated")
+    },
+}
+
+
+@pytest.mark.parametrize("kind,points", [*few([(kind, 16) for kind in KINDS_OF_RUN], []), ("warm start", 1)])
+def test_killed_at_any_change_of_a_file_a_run_resumes_to_the_same_weights(kind, points, subtests, text_files, tmp_path):  # noqa: F811
+    def arguments(name):
+        return options(text_files, tmp_path / name, "--save_total_limit=2", *KINDS_OF_RUN[kind])
+
+    def start(number, name):
+        return Interpreter("-c", KILLED, number, tmp_path / name, TRAINING, *arguments(name))
+
+    whole = start(0, "whole")
+    assert whole.wait() == 0, whole.stderr
+    changes = int(whole.stdout.splitlines()[-1])
+    for number in (changes * point // (points + 1) for point in range(1, points + 1)):
+        with subtests.test(kind=kind, killed_at=f"change {number} of {changes}"):
+            name = f"killed-{number}"
+            assert start(number, name).wait() == -signal.SIGKILL
+            assert train(*parse(arguments(name))) is not None
+            assert same(weights(tmp_path / name), weights(tmp_path / "whole"))
+            shutil.rmtree(tmp_path / name)
+
+
 def test_what_a_killed_command_left_before_it_began_is_no_obstacle(text_files, tmp_path):  # noqa: F811
     (tmp_path / "run.json.new").write_text("{")
     (tmp_path / LOCK).touch()
@@ -160,6 +223,19 @@ def test_no_file_of_a_checkpoint_can_be_damaged_unnoticed(how, finished):
         shutil.copytree(finished / "checkpoint-6", copy)
         damage(copy / name, how)
         assert name in fault(copy), name
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", FILES)
+def test_whatever_is_damaged_a_run_goes_on_to_the_same_weights(name, subtests, text_files, finished, tmp_path):  # noqa: F811
+    for how in ("absent", "empty", "truncated", "zeroed"):
+        with subtests.test(file=name, damage=how):
+            folder = tmp_path / how
+            shutil.copytree(finished, folder)
+            damage(folder / "checkpoint-6" / name, how)
+            train(*parse(options(text_files, folder, "--save_steps=2", "--eval_strategy=no")))
+            assert (folder / "incomplete-checkpoint-6").exists()
+            assert same(weights(folder), weights(finished))
 
 
 def test_a_flipped_bit_is_found(finished, tmp_path):

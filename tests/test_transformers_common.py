@@ -153,6 +153,7 @@ class ReversibleTest(Recurrence, unittest.TestCase):
     layer_types = ["reversible"] * 2
 
 
+@pytest.mark.exhaustive
 class RWKVTest(Recurrence, unittest.TestCase):
     layer_types = ["reversible", "rwkv"]
 
