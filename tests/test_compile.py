@@ -99,7 +99,6 @@ def step(model, run, **inputs):
 # One of each shape of graph.
 KINDS_OF_STEP = [
     "gateloop complex",
-    "stateful, noise and plain prefixes",
     "stateful, as by default",
     "stateful around llama, cyclic",
 ]

@@ -213,7 +213,7 @@ EVERYTHING_RANDOM = [
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_weights(what, text_files, tmp_path, capsys):
-    arguments = [*what, "--max_steps=60", "--save_steps=1000", "--eval_strategy=no"]
+    arguments = [*what, "--max_steps=30", "--save_steps=1000", "--eval_strategy=no"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train(*parse(options(text_files, whole, *arguments)))
 

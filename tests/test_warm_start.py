@@ -27,7 +27,13 @@ EPOCHS = 3
 def arguments(text_files, folder, *more):  # noqa: F811
     """A few epochs of a few steps, cut elsewhere in each."""
     given = [a for a in options(text_files[:2], folder) if not a.startswith(("--max_steps", "--eval_steps"))]
-    training = [f"--num_train_epochs={EPOCHS}", "--random_offsets=true", "--eval_strategy=no", "--data_seed=5"]
+    training = [
+        f"--num_train_epochs={EPOCHS}",
+        "--max_train_bytes=16000",
+        "--random_offsets=true",
+        "--eval_strategy=no",
+        "--data_seed=5",
+    ]
     return ["--preset=warm_start", *given, *training, "--save_steps=50", *more]
 
 
