@@ -9,7 +9,9 @@ loads that version.
 """
 
 import argparse
+import ast
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import modeling_stateful_gpt
 from modeling_stateful_gpt.compat import get_relative_import_files
-from modeling_stateful_gpt.upload import contents, read_json, task_of, upload
+from modeling_stateful_gpt.upload import WEIGHTS, code, contents, plain, read_json, task_of, upload
 
 
 class UploadError(ValueError):
@@ -57,6 +59,11 @@ def check_checkpoint(folder: Path) -> None:
     try:
         for module in modules:
             get_relative_import_files(folder / f"{module}.py")  # Opens each.
+        for file in sorted(folder / name for name in code(folder)):
+            if not ast.parse(plain(file, folder).read_text(), str(file)).body:
+                raise UploadError(f"{file} is empty. Save the checkpoint again with model.save_pretrained.")
+    except SyntaxError as error:
+        raise UploadError(f"{error.filename} is no Python ({error.msg}). Save the checkpoint again.") from error
     except FileNotFoundError as error:
         lacking = Path(error.filename).name
         raise UploadError(f"{folder} lacks its code ({lacking}). Save it again with model.save_pretrained.") from error
@@ -114,7 +121,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
         return [folder / SAFE_WEIGHTS_NAME]
     names = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
-    if not isinstance(names, dict):
+    if not isinstance(names, dict) or not all(re.fullmatch(WEIGHTS, str(name)) for name in names.values()):
         raise UploadError(f"{folder / SAFE_WEIGHTS_INDEX_NAME} is damaged. Save the checkpoint again.")
     return sorted({folder / name for name in names.values()})
 

@@ -40,9 +40,6 @@ class Alignment:
     def align_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         return attention_mask
 
-    def align_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        return self.align(position_ids)
-
     def restore_cache(self, cache: Cache) -> None:
         """There is none where sequences are packed."""
 
@@ -99,7 +96,8 @@ class PaddingAlignment(Alignment):
 class PackingAlignment(Alignment):
     """Lets each packed sequence begin at a multiple of `num_groups`.
 
-    The places between two sequences, fewer than `num_groups`, are taken by sequences of one token, which nobody reads.
+    The places between two sequences, fewer than `num_groups`, are taken by copies of the next token. No token follows
+    itself, so each is a sequence of its own, which nobody reads.
 
     Args:
         position_ids: `[B, T]`.
@@ -111,12 +109,9 @@ class PackingAlignment(Alignment):
         lengths = slots - torch.where(first, slots, 0).cummax(dim=1).values + 1
         gaps = nn.functional.pad((-lengths[:, :-1]) % num_groups, (1, 0)) * first
         places = slots + gaps.cumsum(dim=1)
-        order = places.new_zeros(len(places), int(places.max()) + 1).scatter(1, places, slots)
-        super().__init__(order, places)
-        self.filled = torch.zeros_like(order, dtype=torch.bool).scatter(1, places, True)
-
-    def align_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        return self.align(position_ids).masked_fill(~self.filled, 0)
+        every_place = torch.arange(int(places.max()) + 1, device=places.device).expand(len(places), -1)
+        following = torch.searchsorted(places, every_place.contiguous())
+        super().__init__(following.clamp(max=slots.shape[1] - 1), places)
 
 
 def find_alignment(
@@ -130,6 +125,8 @@ def find_alignment(
     first slot on, and where their order cannot be changed (a 4-D mask, another cache)."""
     length = shape[1]
     if length == 1 or num_groups == 1:
+        return None
+    if attention_mask is None and torch.compiler.is_exporting():
         return None
     if attention_mask is None:
         return (

@@ -45,7 +45,6 @@ from transformers import (
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -55,6 +54,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 HOOKS = {
     GenerationMixin: (
+        "_assisted_decoding",
         "_get_logits_processor",
         "_prepare_cache_for_generation",
         "_prepare_position_ids_for_generation",
@@ -157,13 +157,13 @@ def checkpointing(model: nn.Module) -> list[Any]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process has a share of the weights alone (FSDP, ZeRO-3), so that all must run a layer together."""
+    """Whether each process has a share of the weights alone (FSDP), so that all must run a layer together."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     shards = (FSDPModule, FullyShardedDataParallel)
-    return is_deepspeed_zero3_enabled() or any(isinstance(module, shards) for module in model.modules())
+    return any(isinstance(module, shards) for module in model.modules())
 
 
 def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -64,9 +64,15 @@ from .modeling_gateloop import (
     of_new_tokens,
     read_mask,
 )
-from .solvers import SOLVERS, Solution, State, groups, relative_change, sequential
+from .probe import LENGTH as PROBE_LENGTH
+from .probe import Probe
+from .probe import probe as probe_recurrence
+from .solvers import SOLVERS, Solution, State, groups, sequential
 
 logger = logging.get_logger(__name__)
+
+ROUNDINGS = 8
+"""The tolerance is at least so many times what rounding does to a state."""
 
 RECORDED = ("output_hidden_states", "output_attentions")
 
@@ -74,13 +80,14 @@ RECORDED = ("output_hidden_states", "output_attentions")
 @dataclass
 class StatefulGPTOutputWithPast(BaseModelOutputWithPast):
     """`pass_hidden_states`: in training, the last hidden states `[B, T, D]` of every pass; `last_hidden_state` is then,
-    at each position, that of a pass drawn at random. `passes`, `residual` and `stepped_from`: in evaluation, what the
-    solver did (see `Solution`)."""
+    at each position, that of a pass drawn at random. `passes`, `residual`, `stepped_from` and `rounding_floor`: in
+    evaluation, what the solver did (see `Solution`)."""
 
     pass_hidden_states: tuple[torch.Tensor, ...] | None = None
     passes: int | None = None
     residual: float | None = None
     stepped_from: int | None = None
+    rounding_floor: float | None = None
 
 
 @dataclass
@@ -93,6 +100,7 @@ class StatefulGPTCausalLMOutputWithPast(CausalLMOutputWithPast):
     passes: int | None = None
     residual: float | None = None
     stepped_from: int | None = None
+    rounding_floor: float | None = None
 
 
 class LanguageModelRecurrence:
@@ -222,7 +230,7 @@ class LanguageModelRecurrence:
             self.can_be_split = (
                 (self.attention_mask is None or self.attention_mask.ndim == 2)
                 and can_scatter(self.own_cache())
-                and self.model.takes_groups()
+                and (torch.compiler.is_compiling() or self.model.why_no_groups() is None)
             )
         return self.can_be_split
 
@@ -332,6 +340,17 @@ def anyone(running: bool, device: torch.device) -> bool:
     flag = torch.tensor(running, dtype=torch.int32, device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def check_equal(runs: int) -> None:
+    """Raises a ValueError in every process if they would not make equally many runs in a training pass."""
+    counts = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, runs)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            "With sharded weights all processes run the model together, and their batches are too unequally long. Pad "
+            "them to one length (pad_to_multiple_of in the data collator), or set training_solver='jacobi'."
+        )
 
 
 def per_token(kwargs: dict, batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -538,7 +557,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         self.feedback = FUSIONS[config.feedback](config.hidden_size) if config.feedback is not None else None
         self.gradient_checkpointing = False
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
-        self.probed: dict[tuple, bool] = {}
+        self.probed: dict[tuple, Probe] = {}
         self.post_init()
 
     @accept_cache
@@ -621,7 +640,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 position_ids = default_position_ids(shape[1], attention_mask, past_key_values, inputs_embeds.device)
             kwargs |= {name: alignment.align(z) for name, z in per_token(kwargs, *shape).items()}
             attention_mask = alignment.align_mask(attention_mask)
-            position_ids = alignment.align_positions(position_ids.expand(shape))
+            position_ids = alignment.align(position_ids.expand(shape))
             inputs_embeds, initial_states = (
                 None if z is None else alignment.align(z) for z in (inputs_embeds, initial_states)
             )
@@ -644,6 +663,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             passes=None if training else solution.passes,
             residual=solution.residual,
             stepped_from=None if training else solution.stepped_from,
+            rounding_floor=solution.rounding_floor,
         )
         if alignment is not None:
             alignment.restore_output(output)
@@ -653,8 +673,12 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         self, training: bool, num_passes: int | None, solver: str | None, decode_mode: str | None
     ) -> bool:
         """Whether a fixed number of cyclic passes is made, whose result depends on which positions make a group."""
+        solved = num_passes is None and training and self.config.num_no_grad_passes is None
         fixed = training or num_passes is not None or (decode_mode or self.config.decode_mode) == "passes"
-        return fixed and num_passes != 1 and (solver or self.config.training_solver) == "cyclic"
+        cyclic = (solver or self.config.training_solver) == "cyclic"
+        if not (fixed and cyclic) or solved or num_passes == 1:
+            return False
+        return torch.compiler.is_compiling() or self.why_no_groups() is None
 
     def _replicate_for_data_parallel(self) -> "StatefulGPTModel":
         # It cannot gather numbers such as `passes` from the replicas, nor the state's layer of the cache.
@@ -679,6 +703,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             return one_pass(recurrence.plain())
         if self.config.feedback_source == "embedding":
             return one_pass(recurrence.sweep(recurrence.embeds))
+        if recurrence.sharded:
+            check_equal(recurrence.length if solver == "sequential" else min(recurrence.length, self.config.num_groups))
         if solver != "sequential" and num_no_grad_passes is None:
             recurrence.guess = self.solved_states(recurrence, solver)
             solver, num_no_grad_passes = "jacobi", 0
@@ -699,6 +725,11 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
 
     def solve(self, recurrence: LanguageModelRecurrence, *how) -> Solution:
         recurrence.in_lockstep = recurrence.sharded
+        if recurrence.sharded and is_sharded(self.feedback):
+            raise ValueError(
+                "The fusion is sharded apart from the model, and not all processes need it equally often. Wrap the "
+                "decoder's layers alone (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)."
+            )
         solution = self.solve_alone(recurrence, *how)
         recurrence.wait_for_others()
         return solution
@@ -723,10 +754,15 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         if num_passes is not None:
             given = [solver, self.config.training_solver, "jacobi"]
             return self.run_solver(recurrence, next(s for s in given if s not in (None, "sequential")), num_passes)
+        solver = solver or self.config.solver
+        floor = None
+        if solver != "sequential" and not torch.compiler.is_exporting():
+            floor = self.probe().rounding_floor
         tolerance = self.config.tolerance
-        if recurrence.embeds.dtype in (torch.float16, torch.bfloat16):
-            tolerance = max(tolerance, 16 * torch.finfo(recurrence.embeds.dtype).eps)
-        solution = self.run_solver(recurrence, solver or self.config.solver, tolerance=tolerance)
+        if tolerance > 0 and floor is not None:  # Asked for 0, it goes on until nothing changes.
+            tolerance = max(tolerance, ROUNDINGS * floor)
+        solution = self.run_solver(recurrence, solver, tolerance=tolerance)
+        solution.rounding_floor = floor
         if math.isnan(solution.residual):
             logger.warning_once(
                 "A sequence's hidden states are not finite (NaN or infinite), nor is what follows from them. Look at "
@@ -745,49 +781,50 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         self, recurrence: LanguageModelRecurrence, solver: str, passes: int | None = None, **how
     ) -> Solution:
         if solver == "cyclic" and not recurrence.has_groups:
+            why = self.why_no_groups() or "this mask or cache allows to run all positions only"
             logger.warning_once(
-                f"{type(self.language_model).__name__} cannot be run on some positions at a time here: that takes "
-                f"attention to the whole past in every layer, eager or sdpa, without ALiBi, a 2-D mask or none, and "
-                f"a dynamic or static cache. The cyclic solver falls back to Jacobi."
+                f"{type(self.language_model).__name__} cannot be run on some positions at a time here ({why}). The "
+                f"cyclic solver falls back to Jacobi, which gives the same and takes more passes."
             )
         return look_up(SOLVERS, solver, "solver")(recurrence, passes, num_groups=self.config.num_groups, **how)
 
-    def takes_groups(self) -> bool:
-        """Whether the language model can be run on some positions at a time, over keys and values written before."""
+    def why_no_groups(self) -> str | None:
+        """Why the language model cannot be run on some positions at a time, over keys and values written before."""
         config = self.language_model.config
         if config._attn_implementation not in ("eager", "sdpa"):
-            return False
-        if any(getattr(config, name, None) for name in ("alibi", "window_size", "attention_chunk_size")):
-            return False
+            return f"{config._attn_implementation} attention takes no such mask; eager and sdpa do"
+        if named := [n for n in ("alibi", "window_size", "attention_chunk_size") if getattr(config, n, None)]:
+            return f"its {named[0]} makes masks of its own"
         if not can_scatter(DynamicCache(config=config)):
-            return False
-        if torch.compiler.is_compiling():
-            return True
-        # An attention that makes masks of its own shows here.
-        key = (config._attn_implementation, self.language_model.dtype)
+            return "not every layer attends to the whole past"
+        return self.probe().refused
+
+    @torch.compiler.disable
+    def probe(self) -> Probe:
+        """What a short text shows of the language model in the data type and attention at hand, found once for each."""
+        device = self.batches_seen.device
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        key = (self.language_model.config._attn_implementation, self.language_model.dtype, autocast)
         if key not in self.probed:
-            self.probed[key] = self.probe_groups()
+            self.probed[key] = self.probe_language_model()
         return self.probed[key]
 
     @torch.no_grad()
-    def probe_groups(self) -> bool:
+    def probe_language_model(self) -> Probe:
         training = [(module, module.training) for module in self.language_model.modules()]
-        ids = torch.arange(6, device=self.batches_seen.device) % self.config.vocab_size
-        embeds = self.get_input_embeddings()(ids[None])
-        recurrence = LanguageModelRecurrence(self, embeds, None, None, None)
-        recurrence.has_previous, recurrence.can_be_split = torch.zeros_like(recurrence.has_previous), True
-        recurrence.in_lockstep = recurrence.sharded
+        ids = torch.linspace(0, self.config.vocab_size - 1, PROBE_LENGTH).long().to(self.batches_seen.device)
         self.language_model.eval()
         try:
-            whole = recurrence.sweep_groups(None, 0, 1)
-            change = relative_change(recurrence.sweep_groups(whole, 0, 3), whole, recurrence.real)
-        except (ValueError, RuntimeError, TypeError, IndexError):
-            return False
+            return probe_recurrence(self.plain_recurrence, self.get_input_embeddings()(ids[None]))
         finally:
             for module, mode in training:
                 module.training = mode
-        # Where nothing is finite, nothing can be told.
-        return bool(whole.isfinite().all() and change.max() < 100 * torch.finfo(embeds.dtype).eps)
+
+    def plain_recurrence(self, embeds: torch.Tensor) -> LanguageModelRecurrence:
+        recurrence = LanguageModelRecurrence(self, embeds, None, None, None)
+        recurrence.has_previous, recurrence.can_be_split = torch.zeros_like(recurrence.has_previous), True
+        recurrence.in_lockstep = recurrence.sharded
+        return recurrence
 
     def draw_num_passes(self) -> int:
         probabilities = self.config.pass_probabilities
@@ -967,6 +1004,7 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
             passes=outputs.passes,
             residual=outputs.residual,
             stepped_from=outputs.stepped_from,
+            rounding_floor=outputs.rounding_floor,
         )
 
 

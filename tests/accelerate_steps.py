@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
@@ -115,6 +116,14 @@ def solve(options: list[str]) -> list[dict]:
                 outputs = model.train("training_solver" in config)(text, labels=text)
             generated = model.eval().generate(text[:1, :4], max_new_tokens=4, do_sample=False)
             seen.append({"loss": outputs.loss.item(), "passes": outputs.passes, "text": generated.tolist()})
+    if arguments.world_size > 1:
+        for solver, length in (("sequential", 9), ("cyclic", 1)):
+            prepare_state()
+            model = stateful("llama", torch.float32, training_solver=solver, num_groups=2)
+            accelerator = Trainer(model, arguments).accelerator
+            model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+            with pytest.raises(ValueError, match="their batches are too unequally long"):
+                model.train()(tokens(1, length + arguments.process_index))
     Path(arguments.output_dir, f"seen-{arguments.process_index}.json").write_text(json.dumps(seen))
     return seen
 

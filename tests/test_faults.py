@@ -93,8 +93,14 @@ def test_state_tracking_stops_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "more",
     few(
-        [[], ["--preset=warm_start"], ["--max_steps=-1", "--num_train_epochs=0.2"], ["--load_best_model_at_end=true"]],
-        [[], ["--load_best_model_at_end=true"]],
+        [
+            [],
+            ["--preset=warm_start"],
+            ["--max_steps=-1", "--num_train_epochs=0.2"],
+            ["--load_best_model_at_end=true"],
+            ["--max_steps=-1", "--max_seconds=0.3", "--eval_steps=3"],
+        ],
+        [["--load_best_model_at_end=true"], ["--max_steps=-1", "--max_seconds=0.3", "--eval_steps=3"]],
     ),
 )
 def test_killed_after_its_last_step_a_run_only_finishes(more, text_files, tmp_path, caplog):  # noqa: F811
@@ -126,6 +132,17 @@ def look(event, arguments):
         if seen == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
+def watched(write):
+    def writing(value, file, *args, **kwargs):
+        look("os.truncate", [str(file)])
+        result = write(value, file, *args, **kwargs)
+        look("os.truncate", [str(file)])
+        return result
+    return writing
+
+# Written by C++ and Rust, which Python does not see.
+import safetensors.torch, torch
+torch.save, safetensors.torch.serialize_file = watched(torch.save), watched(safetensors.torch.serialize_file)
 sys.addaudithook(look)
 run_command(main)
 print(seen)
@@ -256,6 +273,39 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(name, text_files
     assert f"checkpoint-6 is of no use ({name} is missing). It is now incomplete-checkpoint-6" in said
     assert f"Resuming from {tmp_path / 'run/checkpoint-4'}." in said
     assert same(weights(tmp_path / "run"), weights(finished))
+
+
+def test_a_damaged_best_checkpoint_does_not_become_the_result(text_files, tmp_path, capsys):  # noqa: F811
+    given = options(text_files, tmp_path, "--load_best_model_at_end=true", "--eval_steps=2", "--learning_rate=0")
+    given += ["--save_total_limit=9"]
+    best = f"checkpoint-{train(*parse(given))['step']}"
+    assert best == "checkpoint-2", "it is the first, as nothing is learned"
+    expected = weights(tmp_path)
+    (tmp_path / "results.json").unlink()
+    content = bytearray((tmp_path / best / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / best / "model.safetensors").write_bytes(content)
+    train(*parse(given))
+    said = capsys.readouterr().out
+    assert f"the best one so far, {best}, is of no use: model.safetensors is damaged" in said
+    assert f"incomplete-{best}" in said and same(weights(tmp_path), expected)
+
+
+@pytest.mark.exhaustive
+def test_killed_while_it_finishes_a_run_with_patience_and_states_goes_on(text_files, tmp_path, monkeypatch):  # noqa: F811
+    given = [a for a in options(text_files, tmp_path, *KINDS_OF_RUN["patience"]) if "max_train" not in a]
+    given += ["--preset=warm_start", "--random_offsets=true", "--max_train_bytes=1200", "--patience=2"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.draw", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(*parse(given))
+    assert not (tmp_path / "results.json").exists()
+    (tmp_path / "run.lock").unlink(missing_ok=True)
+    assert train(*parse(given)) is not None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", ""])

@@ -209,6 +209,13 @@ def name_an_absent_part(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
 
 
+def name_a_part_elsewhere(folder):
+    name_an_absent_part(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: "../" + part for name, part in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def link(folder, name):
     outside = folder.parent / "outside"
     outside.write_text("secret")
@@ -234,6 +241,9 @@ def link(folder, name):
         (change_config(feedback=None), "weights for which its config.json has no place: model.feedback"),
         (poison_weights, r"in .*model\.safetensors is not finite"),
         (name_an_absent_part, "damaged, or missing"),
+        (name_a_part_elsewhere, "index.json is damaged"),
+        (lambda folder: (folder / "cache.py").write_text("def cut("), r"cache\.py is no Python"),
+        (lambda folder: (folder / "cache.py").write_text(""), r"cache\.py is empty"),
         (lambda folder: link(folder, "vocab.json"), r"vocab\.json is a link to .*outside of the folder"),
         (lambda folder: link(folder, "feedback.py"), r"feedback\.py is a link to .*outside of the folder"),
         (lambda folder: (folder / "vocab.json").mkdir(), r"vocab\.json is no plain file"),

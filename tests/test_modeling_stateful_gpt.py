@@ -341,14 +341,14 @@ def test_attention_that_turns_out_to_make_masks_of_its_own_is_solved_by_jacobi(m
 
     monkeypatch.setattr(LlamaModel, "forward", reads_less)
     assert torch.equal(states(model, ids, solver="cyclic"), states(model, ids, solver="jacobi"))
-    assert not model.model.takes_groups()
+    assert model.model.why_no_groups() == "it makes masks of its own"
     torch.testing.assert_close(states(model, ids), stepped(model, ids), **tolerance(torch.float32))
 
 
 def test_a_vocabulary_may_have_two_tokens_only():
     config = GateLoopConfig(vocab_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config)).train()
-    assert model(torch.tensor([[0, 1, 1]])).logits.shape == (1, 3, 2) and model.model.takes_groups()
+    assert model(torch.tensor([[0, 1, 1]])).logits.shape == (1, 3, 2) and model.model.why_no_groups() is None
 
 
 def test_probing_the_language_model_leaves_it_as_it_was():
@@ -358,7 +358,7 @@ def test_probing_the_language_model_leaves_it_as_it_was():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    assert model.model.takes_groups()
+    assert model.model.why_no_groups() is None
     assert torch.equal(torch.rand(3), expected)
     assert {name: module.training for name, module in model.named_modules()} == before
 
@@ -700,12 +700,17 @@ def test_padding_changes_neither_training_passes_nor_their_gradients(drawn, sche
     models(),
     st.sampled_from(sorted(SCHEMES)),
     st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=2),
+    st.sampled_from([0, 1, 20]),
 )
-@example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, "cyclic, shared masks", [[5, 4], [9]])
-def test_packing_changes_neither_training_passes_nor_their_gradients(drawn, scheme, rows):
+@example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, "cyclic, shared masks", [[5, 4], [9]], 0)
+@example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, "cyclic", [[5, 4]], 1)
+def test_packing_changes_neither_training_passes_nor_their_gradients(drawn, scheme, rows, begin):
     length = max(map(sum, rows))
     rows = [[*lengths, *[length - sum(lengths)] * (sum(lengths) < length)] for lengths in rows]
     ids, positions = tokens(len(rows), length), torch.stack([torch.cat([*map(torch.arange, row)]) for row in rows])
+    # What does not follow its predecessor is another sequence, wherever it begins.
+    if len(rows) == 1:
+        positions += begin * (torch.arange(length) >= length - rows[0][-1])
     model = train(**drawn, **SCHEMES[scheme], num_groups=3)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -714,14 +719,15 @@ def test_packing_changes_neither_training_passes_nor_their_gradients(drawn, sche
     whole = model.model(ids, position_ids=positions, use_cache=False, output_hidden_states=True)
     packed = whole.pass_hidden_states[-1]
     assert packed.shape == whole.hidden_states[-1].shape == (len(rows), length, 32)
-    sum((row * weights[where]).sum() for row, where in zip(packed, positions, strict=True)).backward()
+    parts = [(row, a, b) for row, lengths in enumerate(rows) for a, b in pairwise([0, *accumulate(lengths)])]
+    sum((packed[row, a:b] * weights[: b - a]).sum() for row, a, b in parts).backward()
     together = [p.grad for p in model.model.parameters()]
     model.zero_grad()
-    for row, lengths in enumerate(rows):
-        for a, b in pairwise([0, *accumulate(lengths)]):
-            alone = model.model(ids[row : row + 1, a:b]).pass_hidden_states[-1][0]
-            (alone * weights[: b - a]).sum().backward()
-            torch.testing.assert_close(packed[row, a:b], alone, **tolerance(drawn["dtype"]))
+    for row, a, b in parts:
+        its = {"position_ids": positions[row : row + 1, a:b], "use_cache": False}
+        alone = model.model(ids[row : row + 1, a:b], **its).pass_hidden_states[-1][0]
+        (alone * weights[: b - a]).sum().backward()
+        torch.testing.assert_close(packed[row, a:b], alone, **tolerance(drawn["dtype"]))
     bound = {"atol": 1e-3, "rtol": 1e-2} if drawn["dtype"] == torch.float32 else {"atol": 1e-6, "rtol": 1e-4}
     for a, p in zip(together, model.model.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, **bound)
@@ -791,17 +797,17 @@ def test_passes_without_gradient_come_first_and_have_no_loss(solver):
     model = train(training_solver=solver, num_groups=3, num_no_grad_passes=2, num_passes=1)
     out = model(ids, labels=ids)
     assert out.pass_losses.shape == (1,)
-    torch.testing.assert_close(out.states, every[-1].detach())
-    if solver == "jacobi":  # By hand: one pass from constants.
-        out.loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        model.zero_grad()
-        e = model.get_input_embeddings()(ids)
-        inputs = torch.cat([e[:, :1], model.model.feedback(e[:, 1:], every[-2].detach()[:, :-1])], dim=1)
-        h = model.model.language_model(inputs_embeds=inputs).last_hidden_state
-        model.loss_function(model.lm_head(h), ids, VOCAB).backward()
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(gradients[name], p.grad)
+    # By hand: one pass over all positions, from constants.
+    out.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    e = model.get_input_embeddings()(ids)
+    inputs = torch.cat([e[:, :1], model.model.feedback(e[:, 1:], every[-2].detach()[:, :-1])], dim=1)
+    h = model.model.language_model(inputs_embeds=inputs).last_hidden_state
+    torch.testing.assert_close(out.states, h)
+    model.loss_function(model.lm_head(h), ids, VOCAB).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad)
 
 
 def test_a_warm_start_is_one_pass_from_the_states_of_before():
@@ -909,7 +915,7 @@ def test_detached_cyclic_passes_pass_on_no_gradient_but_within_themselves():
             return forward(*args, inputs_embeds=inputs_embeds, **kwargs)
 
         with torch.no_grad():
-            model.model.takes_groups()
+            model.model.probe()
         model.model.language_model.forward = first_scaled
         passes = model.model(inputs_embeds=embeds).pass_hidden_states
         (through,) = torch.autograd.grad(passes[1].sum(), factor, allow_unused=True, retain_graph=True)

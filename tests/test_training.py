@@ -857,6 +857,16 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     refused(text_files, tmp_path, "--adam_beta1=1.5", message="adam_beta1 is 1.5; it must be less than 1")
     refused(text_files, tmp_path, "--adam_epsilon=-1", message="adam_epsilon is -1.0")
     refused(text_files, tmp_path, "--dropout=nan", message="dropout is nan")
+    refused(text_files, tmp_path, "--stateful_config=[]", message="--stateful_config is not JSON of the form")
+    refused(text_files, tmp_path, "--save_total_limit=-1", message="--save_total_limit is -1")
+    refused(text_files, tmp_path, "--progress_seconds=nan", message="--progress_seconds is nan")
+    refused(text_files, tmp_path, "--eval_accumulation_steps=0", message="--eval_accumulation_steps is 0")
+    refused(text_files, tmp_path, "--include_num_input_tokens_seen=foo", message="choose from all, non_padding, no")
+    refused(text_files, tmp_path, "--deepspeed=/nope", message="deepspeed")
+    refused(text_files, tmp_path, "--gradient_checkpointing=true", "--stateful_config",
+            '{"training_solver": "sequential"}', message="goes without --gradient_checkpointing")  # fmt: skip
+    refused(text_files, tmp_path, "--preset=warm_start", "--dataloader_persistent_workers=true",
+            "--dataloader_num_workers=1", message="Leave out dataloader_persistent_workers")  # fmt: skip
     refused(text_files, tmp_path, "--report_to=foo", message="foo is not supported")
     refused(text_files, tmp_path, "--dataloader_num_workers=-1", message="dataloader_num_workers is -1")
     refused(text_files, tmp_path, "--metric_for_best_model=foo", message="metric_for_best_model is foo")

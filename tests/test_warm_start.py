@@ -210,8 +210,8 @@ def test_a_trainer_of_ones_own_evaluates_without_touching_the_states(text_files,
 def test_workers_that_keep_the_first_epoch_are_refused(text_files, tmp_path):  # noqa: F811
     store = StateStore(tmp_path / "states", Windows(corpus(text_files), 32).num_tokens, 32)
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    with pytest.raises(RuntimeError, match="Leave out dataloader_persistent_workers"):
-        trainer_of(text_files, tmp_path, store, **workers).train()
+    with pytest.raises(ValueError, match="Leave out dataloader_persistent_workers"):
+        trainer_of(text_files, tmp_path, store, **workers)
     trainer_of(text_files, tmp_path, store, dataloader_num_workers=1).train()
 
 

@@ -17,6 +17,7 @@ from errors import RunError
 from filelock import FileLock, Timeout
 from records import flush, write_json
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 CHECKSUMS = "checksums.json"
@@ -95,11 +96,21 @@ def fault(checkpoint: Path, read: bool = True) -> str | None:
     return None
 
 
+def fault_of_best(checkpoint: Path) -> str | None:
+    """Why the best checkpoint so far, which a run ends with, cannot be used; None if it can, or if there is none."""
+    best = read_object(checkpoint / TRAINER_STATE_NAME).get("best_model_checkpoint")
+    if best is None or Path(best).name == checkpoint.name:
+        return None
+    best = checkpoint.with_name(Path(best).name)
+    why = fault(best)
+    return why and f"the best one so far, {best.name}, is of no use: {why}"
+
+
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The path of the last checkpoint that one can go on from. Those that are of no use are set aside, and named."""
     found = None
     for checkpoint in map(Path, reversed(sort_checkpoints(str(folder)))):
-        why = fault(checkpoint, read=found is None)
+        why = fault(checkpoint, read=found is None) or (None if found else fault_of_best(checkpoint))
         if why is None:
             found = found or str(checkpoint)
         else:

@@ -209,7 +209,10 @@ AT_LEAST = {
     "label_smoothing_factor": 0,
     "dataloader_num_workers": 0,
     "eval_steps": 0,
+    "progress_seconds": 0,
     "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "save_total_limit": 1,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
 }
@@ -278,8 +281,11 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         for name, least in AT_LEAST.items():
-            if not least <= getattr(self, name) < math.inf:  # Nor may it be no number.
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:  # Nor may it be no number.
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {least}, and finite.")
+        if (counted := self.include_num_input_tokens_seen) not in ("all", "non_padding", "no", True, False):
+            raise ValueError(f"--include_num_input_tokens_seen is {counted}; choose from all, non_padding, no.")
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be less than 1.")
@@ -389,6 +395,7 @@ class TrainingClock(TrainerCallback, ExportableState):
         if self.max_seconds is not None and self.seconds >= self.max_seconds:
             control.should_training_stop = True
             control.should_evaluate = args.eval_strategy == "steps"
+            control.should_save = args.save_strategy != "no"
 
     def share_left(self) -> float:
         return max(0.0, 1 - self.seconds / self.max_seconds)
@@ -719,8 +726,9 @@ def continued_model(arguments: ModelArguments, model: PreTrainedModel, feedback:
 def config_fields(option: str, text: str, config_class: type) -> dict:
     """The fields of a configuration given as JSON; a RunError if it is none, or names others."""
     try:
-        values = dict(json.loads(text))
-    except (TypeError, ValueError) as error:
+        values = json.loads(text)
+        values.keys()
+    except (AttributeError, ValueError) as error:
         raise RunError(f"{option} is not JSON of the form '{{\"field\": value}}': {text}") from error
     known = {field.name for field in fields(config_class)} - {"text_config"}
     if unknown := sorted(set(values) - known):
@@ -931,8 +939,8 @@ def train(
         )
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except StatesMissing as error:
-            raise RunError(str(error)) from error
+        except OSError as error:
+            raise RunError(f"{error}. What was complete is kept.") from error
         interrupt = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SaveOnInterrupt))
         if interrupt.interrupted:
             print(f"Stopped at step {trainer.state.global_step}. Run the same command again to resume.")
@@ -1025,6 +1033,9 @@ def check_trainer(trainer: SteppingTrainer) -> None:
             f"The text gives no whole batch ({len(trainer.train_dataset)} examples; a batch takes "
             f"{batch_size(trainer.args)}): leave out --dataloader_drop_last, or lower --per_device_train_batch_size."
         )
+    config = trainer.model.config
+    if trainer.args.gradient_checkpointing and getattr(config, "training_solver", None) == "sequential":
+        raise RunError("Training token by token goes without --gradient_checkpointing; leave it out.")
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         trainer.create_optimizer()
 
@@ -1061,12 +1072,13 @@ def finish(trainer: SteppingTrainer, model_arguments: ModelArguments, report: di
         epochs = int(last["epoch"])
         with contextlib.suppress(StatesMissing):
             results["warm_start"] = losses_from_states(model, trainer.train_dataset, trainer.state_store, epochs)
-        trainer.state_store.keep({epochs - 1})  # For a look at them; a finished run does not go on.
     if main_process:
-        if any(entry["step"] > 0 for entry in results["log"]):
-            draw({results["preset"]: [results]}, folder / "training_curve.png")
         with saving(folder / "results.json", 1_000_000):
+            if any(entry["step"] > 0 for entry in results["log"]):
+                draw({results["preset"]: [results]}, folder / "training_curve.png")
             write_json(folder / "results.json", results)
+        if warm:
+            trainer.state_store.keep({int(last["epoch"]) - 1})  # For a look at them; a finished run does not go on.
         print(f"Saved to {folder}.")
     return results
 
@@ -1205,7 +1217,7 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainArg
     parser = HfArgumentParser(types, description=__doc__, allow_abbrev=False)
     try:
         return parser.parse_args_into_dataclasses(args=arguments)
-    except ValueError as error:
+    except (ValueError, ImportError, OSError) as error:
         raise RunError(str(error)) from error
 
 
@@ -1214,7 +1226,7 @@ def run_command(command: Callable[[], object]) -> None:
     try:
         command()
     except (RunError, DataError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit("Interrupted. Given again, a command that trains goes on with what it has not finished.")
 

@@ -38,7 +38,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import (
@@ -388,8 +388,14 @@ class Progress:
         unfinished = self.path.with_suffix(".unfinished")
         value = {"reading": reading.contents(), "parameters": [p.grad for p in batch.model.parameters()]}
         tensors, metadata = pack(value)
-        safetensors.torch.save_file(tensors, unfinished, metadata)
-        os.replace(unfinished, self.path)
+        try:
+            safetensors.torch.save_file(tensors, unfinished, metadata)
+            os.replace(unfinished, self.path)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            logger.warning_once(
+                f"How far documents are read cannot be kept ({error}). Killed, the run would begin them again."
+            )
         self.written = time.monotonic()
 
     def end(self) -> None:

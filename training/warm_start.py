@@ -23,6 +23,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
@@ -149,10 +150,12 @@ class StateStore:
             try:
                 tables = load_file(file)
             except (SafetensorError, OSError) as error:
-                raise StatesMissing(lost_states(file, "damaged")) from error
+                raise StatesMissing(
+                    f"{file}, the checksums of states, is damaged: go on from another checkpoint."
+                ) from error
             for epoch, rows in ((int(name), table.tolist()) for name, table in tables.items()):
                 self.check_file(epoch)
-                for start, length, expected in rows:
+                for start, length, expected in tqdm(rows, desc=f"Checking the states of epoch {epoch}", delay=5):
                     if checksum(self.file(epoch)[self.places(torch.tensor([start]), length)[0]]) != expected:
                         raise StatesMissing(lost_states(self.path(epoch), "damaged"))
                     self.checksums.setdefault(epoch, {})[start, length] = expected
@@ -167,16 +170,24 @@ class StateStore:
             if os.fstat(descriptor).st_size not in (0, self.size):
                 os.close(descriptor)
                 raise OSError(f"{self.path(epoch)} has states of another text or width; use another folder.")
-            os.ftruncate(descriptor, self.size)  # Another process may have made it: then this changes nothing.
-            os.close(descriptor)
+            try:
+                # Not a sparse file: where the disk is full, writing to it would end the process. If another process has
+                # made it, this changes nothing.
+                os.posix_fallocate(descriptor, 0, self.size)
+            finally:
+                os.close(descriptor)
             self.files[epoch] = np.memmap(self.path(epoch), dtype=np.uint16, mode="r+", shape=self.shape)
         return torch.from_numpy(self.files[epoch]).view(torch.bfloat16)
 
-    def keep(self, epochs: set[int]) -> None:
-        """Deletes the files of all other epochs."""
+    def forget(self, epochs: set[int]) -> None:
+        """Lets go of all other epochs."""
         for held in (self.files, self.checksums):
             for number in held.keys() - epochs:
                 del held[number]
+
+    def keep(self, epochs: set[int]) -> None:
+        """Deletes the files of all other epochs."""
+        self.forget(epochs)
         for path in self.folder.glob("epoch-*.bf16"):
             if int(path.stem.removeprefix("epoch-")) not in epochs:
                 path.unlink(missing_ok=True)
@@ -204,6 +215,17 @@ class WarmStart:
     def __init__(self, *args, state_store: StateStore | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.state_store = state_store
+        arguments = self.args  # type: ignore[attr-defined]
+        if arguments.dataloader_persistent_workers:
+            raise ValueError(
+                "Persistent workers keep the text as it was cut at first, and each epoch cuts it anew. Leave out "
+                "dataloader_persistent_workers."
+            )
+        if state_store is not None and arguments.world_size > 1 and not arguments.dataloader_drop_last:
+            raise ValueError(
+                "Several processes need dataloader_drop_last=True: filled up to whole batches for each of them, tokens "
+                "would be visited twice in an epoch."
+            )
         self.add_callback(NextEpoch(self.train_dataset, state_store))  # type: ignore[attr-defined]
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, **kwargs):
@@ -211,11 +233,6 @@ class WarmStart:
         if start is None or self.state_store is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
         ids, epoch = inputs["input_ids"], int(epoch[0])
-        if epoch != self.train_dataset.epoch:  # type: ignore[attr-defined]
-            raise RuntimeError(
-                f"A batch of epoch {epoch} came in epoch {self.train_dataset.epoch}: persistent workers keep the text "  # type: ignore[attr-defined]
-                f"as it was cut at first. Leave out dataloader_persistent_workers."
-            )
         states = self.state_store.read(epoch, start, ids.shape[1])
         inputs["initial_states"] = None if states is None else states.to(ids.device)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
@@ -233,6 +250,10 @@ class WarmStart:
         if self.state_store is not None and checkpoint is not None:
             process = PartialState()
             files = sorted(Path(checkpoint).glob("states_*.safetensors"))
+            if not files:
+                raise StatesMissing(
+                    f"{checkpoint} has no checksums of states (states_*.safetensors): go on from another."
+                )
             self.state_store.check(files[process.process_index :: process.num_processes])
 
 
@@ -282,6 +303,7 @@ class NextEpoch(TrainerCallback):
             return
         processes = PartialState()
         processes.wait_for_everyone()  # What another process has written is read from now on.
+        self.store.forget(epochs_of(state))
         if processes.is_main_process:
             saved = filter(None, map(saved_state, sort_checkpoints(args.output_dir)))
             self.store.keep(set().union(*map(epochs_of, [state, *saved])))

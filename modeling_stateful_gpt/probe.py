@@ -1,0 +1,47 @@
+"""What a short text shows of a language model: how far rounding moves its states, and whether it runs in groups."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .solvers import Recurrence, relative_change
+
+LENGTH = 16
+"""Tokens of the text, taken from all over the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`rounding_floor`: the median over positions of the relative change (see `relative_change`) of a state whose input
+    moves by one unit in the last place; two evaluations in another order differ by as much. `refused`: why the language
+    model cannot be run on some positions at a time, None if it can."""
+
+    rounding_floor: float = 0.0
+    refused: str | None = None
+
+
+@torch.no_grad()
+def probe(recurrence: Callable[[torch.Tensor], Recurrence], embeds: torch.Tensor) -> Probe:
+    """
+    Args:
+        recurrence: makes the recurrence of the embeddings it is given, in which no position reads a state.
+        embeds: `[1, T, D]`.
+    """
+    eps = torch.finfo(embeds.dtype).eps
+    signs = (torch.arange(embeds.numel(), device=embeds.device) % 2 * 2 - 1).view_as(embeds)
+    plain = recurrence(embeds)
+    states = plain.sweep(None)
+    if not states.isfinite().all():
+        return Probe(refused="its states are not finite")
+    moved = relative_change(recurrence(embeds * (1 + eps * signs).to(embeds.dtype)).sweep(None), states, plain.real)
+    floor = moved.median().item()
+    try:
+        in_groups = recurrence(embeds)
+        whole = in_groups.sweep_groups(None, 0, 1)
+        change = relative_change(in_groups.sweep_groups(whole, 0, 3), states, plain.real)
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        return Probe(floor, refused=f"{type(error).__name__}: {error}")
+    least = 16 * eps
+    differs = change.max() > 8 * moved.max().clamp(min=least) or change.median() > 4 * max(floor, least)
+    return Probe(floor, refused="it makes masks of its own" if differs else None)
