@@ -230,7 +230,7 @@ class LanguageModelRecurrence:
             self.can_be_split = (
                 (self.attention_mask is None or self.attention_mask.ndim == 2)
                 and can_scatter(self.own_cache())
-                and (torch.compiler.is_compiling() or self.model.why_no_groups() is None)
+                and (torch.compiler.is_compiling() or self.model.why_no_groups(len(self.embeds)) is None)
             )
         return self.can_be_split
 
@@ -632,8 +632,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             past_key_values = DynamicCache(config=text_config)
         attention_mask = read_mask(self.language_model.config, inputs_embeds, attention_mask, past_key_values)
         alignment = None
-        if self.groups_positions(training, num_passes, solver, decode_mode):
-            shape = inputs_embeds.shape[:2]
+        shape = inputs_embeds.shape[:2]
+        if self.groups_positions(len(inputs_embeds), training, num_passes, solver, decode_mode):
             alignment = find_alignment(attention_mask, position_ids, past_key_values, shape, self.config.num_groups)
         if alignment is not None:
             if position_ids is None:
@@ -670,7 +670,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         return output
 
     def groups_positions(
-        self, training: bool, num_passes: int | None, solver: str | None, decode_mode: str | None
+        self, batch: int, training: bool, num_passes: int | None, solver: str | None, decode_mode: str | None
     ) -> bool:
         """Whether a fixed number of cyclic passes is made, whose result depends on which positions make a group."""
         solved = num_passes is None and training and self.config.num_no_grad_passes is None
@@ -678,7 +678,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         cyclic = (solver or self.config.training_solver) == "cyclic"
         if not (fixed and cyclic) or solved or num_passes == 1:
             return False
-        return torch.compiler.is_compiling() or self.why_no_groups() is None
+        return torch.compiler.is_compiling() or self.why_no_groups(batch) is None
 
     def _replicate_for_data_parallel(self) -> "StatefulGPTModel":
         # It cannot gather numbers such as `passes` from the replicas, nor the state's layer of the cache.
@@ -757,7 +757,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         solver = solver or self.config.solver
         floor = None
         if solver != "sequential" and not torch.compiler.is_exporting():
-            floor = self.probe().rounding_floor
+            floor = self.probe(len(recurrence.embeds)).rounding_floor
         tolerance = self.config.tolerance
         if tolerance > 0 and floor is not None:  # Asked for 0, it goes on until nothing changes.
             tolerance = max(tolerance, ROUNDINGS * floor)
@@ -781,14 +781,14 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         self, recurrence: LanguageModelRecurrence, solver: str, passes: int | None = None, **how
     ) -> Solution:
         if solver == "cyclic" and not recurrence.has_groups:
-            why = self.why_no_groups() or "this mask or cache allows to run all positions only"
+            why = self.why_no_groups(len(recurrence.embeds)) or "this mask or cache allows to run all positions only"
             logger.warning_once(
                 f"{type(self.language_model).__name__} cannot be run on some positions at a time here ({why}). The "
                 f"cyclic solver falls back to Jacobi, which gives the same and takes more passes."
             )
         return look_up(SOLVERS, solver, "solver")(recurrence, passes, num_groups=self.config.num_groups, **how)
 
-    def why_no_groups(self) -> str | None:
+    def why_no_groups(self, batch: int = 1) -> str | None:
         """Why the language model cannot be run on some positions at a time, over keys and values written before."""
         config = self.language_model.config
         if config._attn_implementation not in ("eager", "sdpa"):
@@ -797,25 +797,26 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             return f"its {named[0]} makes masks of its own"
         if not can_scatter(DynamicCache(config=config)):
             return "not every layer attends to the whole past"
-        return self.probe().refused
+        return self.probe(batch).refused
 
     @torch.compiler.disable
-    def probe(self) -> Probe:
-        """What a short text shows of the language model in the data type and attention at hand, found once for each."""
+    def probe(self, batch: int = 1) -> Probe:
+        """What a short text shows of the language model in the data type and attention at hand, found once for each; by
+        `batch` rows of it, as adapters may be named for each row."""
         device = self.batches_seen.device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         key = (self.language_model.config._attn_implementation, self.language_model.dtype, autocast)
         if key not in self.probed:
-            self.probed[key] = self.probe_language_model()
+            self.probed[key] = self.probe_language_model(batch)
         return self.probed[key]
 
     @torch.no_grad()
-    def probe_language_model(self) -> Probe:
+    def probe_language_model(self, batch: int) -> Probe:
         training = [(module, module.training) for module in self.language_model.modules()]
         ids = torch.linspace(0, self.config.vocab_size - 1, PROBE_LENGTH).long().to(self.batches_seen.device)
         self.language_model.eval()
         try:
-            return probe_recurrence(self.plain_recurrence, self.get_input_embeddings()(ids[None]))
+            return probe_recurrence(self.plain_recurrence, self.get_input_embeddings()(ids.expand(batch, -1)))
         finally:
             for module, mode in training:
                 module.training = mode

@@ -26,7 +26,7 @@ def probe(recurrence: Callable[[torch.Tensor], Recurrence], embeds: torch.Tensor
     """
     Args:
         recurrence: makes the recurrence of the embeddings it is given, in which no position reads a state.
-        embeds: `[1, T, D]`.
+        embeds: `[B, T, D]`.
     """
     eps = torch.finfo(embeds.dtype).eps
     signs = (torch.arange(embeds.numel(), device=embeds.device) % 2 * 2 - 1).view_as(embeds)
