@@ -126,8 +126,7 @@ def cyclic(
 
     Args:
         passes: a fixed number of passes with gradients.
-        num_no_grad_passes: how many passes without gradients come before those. After them, the passes with gradients
-            go over all positions at once.
+        num_no_grad_passes: how many passes without gradients come before those.
 
     Raises:
         ValueError: if a search for the fixed point is exported: its length depends on the data.
@@ -156,10 +155,8 @@ def fixed_passes(recurrence: Recurrence, passes: int, num_groups: int, num_no_gr
     every_pass: list[torch.Tensor] = []
     with_gradients = torch.is_grad_enabled()
     for number in range(num_no_grad_passes + passes):
-        # Near the fixed point, a pass over all positions at once trains as well as one in groups, in less time.
-        settled = 0 < num_no_grad_passes <= number
         with torch.set_grad_enabled(with_gradients and number >= num_no_grad_passes):
-            if num_groups == 1 or settled:
+            if num_groups == 1:
                 states = recurrence.sweep(states)
             else:
                 states = recurrence.sweep_groups(states, 0, num_groups if number > 0 else 1)

@@ -797,17 +797,17 @@ def test_passes_without_gradient_come_first_and_have_no_loss(solver):
     model = train(training_solver=solver, num_groups=3, num_no_grad_passes=2, num_passes=1)
     out = model(ids, labels=ids)
     assert out.pass_losses.shape == (1,)
-    # By hand: one pass over all positions, from constants.
-    out.loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    e = model.get_input_embeddings()(ids)
-    inputs = torch.cat([e[:, :1], model.model.feedback(e[:, 1:], every[-2].detach()[:, :-1])], dim=1)
-    h = model.model.language_model(inputs_embeds=inputs).last_hidden_state
-    torch.testing.assert_close(out.states, h)
-    model.loss_function(model.lm_head(h), ids, VOCAB).backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad)
+    torch.testing.assert_close(out.states, every[-1].detach())
+    if solver == "jacobi":  # By hand: one pass from constants.
+        out.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        e = model.get_input_embeddings()(ids)
+        inputs = torch.cat([e[:, :1], model.model.feedback(e[:, 1:], every[-2].detach()[:, :-1])], dim=1)
+        h = model.model.language_model(inputs_embeds=inputs).last_hidden_state
+        model.loss_function(model.lm_head(h), ids, VOCAB).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad)
 
 
 def test_a_warm_start_is_one_pass_from_the_states_of_before():
