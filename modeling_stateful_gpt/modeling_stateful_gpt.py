@@ -633,7 +633,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         attention_mask = read_mask(self.language_model.config, inputs_embeds, attention_mask, past_key_values)
         alignment = None
         shape = inputs_embeds.shape[:2]
-        if self.groups_positions(len(inputs_embeds), training, num_passes, solver, decode_mode):
+        if self.groups_positions(shape[0], training, num_passes, solver, decode_mode):
             alignment = find_alignment(attention_mask, position_ids, past_key_values, shape, self.config.num_groups)
         if alignment is not None:
             if position_ids is None:
@@ -803,20 +803,21 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
     def probe(self, batch: int = 1) -> Probe:
         """What a short text shows of the language model in the data type and attention at hand, found once for each; by
         `batch` rows of it, as adapters may be named for each row."""
-        device = self.batches_seen.device
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        key = (self.language_model.config._attn_implementation, self.language_model.dtype, autocast)
+        device, dtype = self.batches_seen.device.type, self.language_model.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        key = (self.language_model.config._attn_implementation, dtype)
         if key not in self.probed:
-            self.probed[key] = self.probe_language_model(batch)
+            self.probed[key] = self.probe_language_model(batch, torch.finfo(dtype).eps)
         return self.probed[key]
 
     @torch.no_grad()
-    def probe_language_model(self, batch: int) -> Probe:
+    def probe_language_model(self, batch: int, eps: float) -> Probe:
         training = [(module, module.training) for module in self.language_model.modules()]
         ids = torch.linspace(0, self.config.vocab_size - 1, PROBE_LENGTH).long().to(self.batches_seen.device)
         self.language_model.eval()
         try:
-            return probe_recurrence(self.plain_recurrence, self.get_input_embeddings()(ids.expand(batch, -1)))
+            return probe_recurrence(self.plain_recurrence, self.get_input_embeddings()(ids.expand(batch, -1)), eps)
         finally:
             for module, mode in training:
                 module.training = mode

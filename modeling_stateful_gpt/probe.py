@@ -22,13 +22,13 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(recurrence: Callable[[torch.Tensor], Recurrence], embeds: torch.Tensor) -> Probe:
+def probe(recurrence: Callable[[torch.Tensor], Recurrence], embeds: torch.Tensor, eps: float) -> Probe:
     """
     Args:
         recurrence: makes the recurrence of the embeddings it is given, in which no position reads a state.
         embeds: `[B, T, D]`.
+        eps: one unit in the last place of the data type in which the language model computes.
     """
-    eps = torch.finfo(embeds.dtype).eps
     signs = (torch.arange(embeds.numel(), device=embeds.device) % 2 * 2 - 1).view_as(embeds)
     plain = recurrence(embeds)
     states = plain.sweep(None)

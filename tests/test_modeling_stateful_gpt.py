@@ -50,7 +50,7 @@ from transformers.utils import logging
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
 from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence, checkpointing, logger
-from modeling_stateful_gpt.solvers import SOLVERS, jacobi, sequential
+from modeling_stateful_gpt.solvers import SOLVERS, jacobi, relative_change, sequential
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
@@ -343,6 +343,25 @@ def test_attention_that_turns_out_to_make_masks_of_its_own_is_solved_by_jacobi(m
     assert torch.equal(states(model, ids, solver="cyclic"), states(model, ids, solver="jacobi"))
     assert model.model.why_no_groups() == "it makes masks of its own"
     torch.testing.assert_close(states(model, ids), stepped(model, ids), **tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"], ids=str)
+def test_no_more_is_asked_for_than_rounding_allows(dtype):
+    model = stateful("llama", torch.float32 if dtype == "autocast" else dtype, tolerance=1e-12, feedback="correction")
+    ids = tokens(2, 40)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        for parameter in model.model.feedback.parameters():
+            parameter.mul_(0.1)
+        out, exact = model(ids), stepped(model, ids)
+        change = relative_change(states(model, ids), exact, torch.ones_like(ids, dtype=torch.bool))
+    eps = torch.finfo(torch.float32 if dtype == torch.float32 else torch.bfloat16).eps
+    assert eps / 4 < out.rounding_floor < 64 * eps
+    assert out.stepped_from is None and out.passes < 12 and change.median() < 8 * out.rounding_floor
+    # Asked for 0, it goes on until nothing changes.
+    model.config.tolerance = 0.0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        out = model(ids)
+    assert out.residual == 0 or out.stepped_from is not None
 
 
 def test_a_vocabulary_may_have_two_tokens_only():

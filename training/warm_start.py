@@ -171,9 +171,12 @@ class StateStore:
                 os.close(descriptor)
                 raise OSError(f"{self.path(epoch)} has states of another text or width; use another folder.")
             try:
-                # Not a sparse file: where the disk is full, writing to it would end the process. If another process has
-                # made it, this changes nothing.
-                os.posix_fallocate(descriptor, 0, self.size)
+                # Another process may have made it: then this changes nothing.
+                if hasattr(os, "posix_fallocate"):  # Not on macOS.
+                    # A sparse file would end the process that writes to it where the disk is full.
+                    os.posix_fallocate(descriptor, 0, self.size)
+                else:
+                    os.ftruncate(descriptor, self.size)
             finally:
                 os.close(descriptor)
             self.files[epoch] = np.memmap(self.path(epoch), dtype=np.uint16, mode="r+", shape=self.shape)
