@@ -27,7 +27,6 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import modeling_stateful_gpt
-from modeling_stateful_gpt.compat import get_relative_import_files
 from modeling_stateful_gpt.upload import WEIGHTS, code, contents, plain, read_json, task_of, upload
 
 
@@ -44,7 +43,6 @@ def check_checkpoint(folder: Path) -> None:
     try:
         raw = json.loads((folder / "config.json").read_text())
         auto_class, _ = task_of(raw)
-        modules = {name.split(".")[0] for name in raw["auto_map"].values()}
         name = raw["auto_map"][auto_class].split(".")[1]
         if raw["architectures"][0] not in (name, auto_class):  # The latter for `transformers serve`.
             raise ValueError(f"the architecture is {raw['architectures'][0]}, but auto_map names {name}")
@@ -57,10 +55,9 @@ def check_checkpoint(folder: Path) -> None:
             f"({type(error).__name__}: {error}). Save one with save_pretrained, or name an output folder of train.py."
         ) from error
     try:
-        for module in modules:
-            get_relative_import_files(folder / f"{module}.py")  # Opens each.
         for file in sorted(folder / name for name in code(folder)):
-            if not ast.parse(plain(file, folder).read_text(), str(file)).body:
+            text = file.read_text()
+            if not ast.parse(text, str(plain(file, folder))).body:
                 raise UploadError(f"{file} is empty. Save the checkpoint again with model.save_pretrained.")
     except SyntaxError as error:
         raise UploadError(f"{error.filename} is no Python ({error.msg}). Save the checkpoint again.") from error

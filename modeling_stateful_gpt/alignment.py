@@ -72,7 +72,6 @@ class PaddingAlignment(Alignment):
         self.tokens_read, self.past = real.cumsum(1), past
 
     def align_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        assert attention_mask is not None
         new = of_new_tokens(attention_mask, self.past, self.order.shape[1])
         return torch.cat([attention_mask[:, : self.past], self.align(new)], dim=1)
 
@@ -124,14 +123,13 @@ def find_alignment(
     """The alignment that a batch of `shape` `[B, T]` needs; None where the tokens of each row are one sequence from its
     first slot on, and where their order cannot be changed (a 4-D mask, another cache)."""
     length = shape[1]
-    if length == 1 or num_groups == 1:
-        return None
-    if attention_mask is None and torch.compiler.is_exporting():
+    if num_groups == 1:
         return None
     if attention_mask is None:
-        return (
-            find_packing(position_ids.expand(shape), num_groups) if position_ids is not None and cache is None else None
-        )
+        # A program of fixed shapes has no place for more positions.
+        if position_ids is None or cache is not None or torch.compiler.is_exporting():
+            return None
+        return find_packing(position_ids.expand(shape), num_groups)
     if attention_mask.ndim != 2 or (cache is not None and not can_scatter(cache)):
         return None
     past = int(cache.get_seq_length()) if cache is not None else 0

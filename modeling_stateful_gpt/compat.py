@@ -19,7 +19,7 @@ from torch import nn
 
 OLDEST = {"torch": "2.8", "transformers": "5.14"}
 NEWEST = {"torch": "2.14", "transformers": "5.24"}
-"""With which the tests pass; newer ones may do."""
+"""The newest that the tests were run on."""
 
 
 def check_versions(installed: dict[str, str]) -> None:

@@ -64,9 +64,7 @@ from .modeling_gateloop import (
     of_new_tokens,
     read_mask,
 )
-from .probe import LENGTH as PROBE_LENGTH
-from .probe import Probe
-from .probe import probe as probe_recurrence
+from .probe import PROBE_LENGTH, Probe, probe_recurrence
 from .solvers import SOLVERS, Solution, State, groups, sequential
 
 logger = logging.get_logger(__name__)
@@ -633,7 +631,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         attention_mask = read_mask(self.language_model.config, inputs_embeds, attention_mask, past_key_values)
         alignment = None
         shape = inputs_embeds.shape[:2]
-        if self.groups_positions(shape[0], training, num_passes, solver, decode_mode):
+        if shape[1] > 1 and self.groups_positions(shape[0], training, num_passes, solver, decode_mode):
             alignment = find_alignment(attention_mask, position_ids, past_key_values, shape, self.config.num_groups)
         if alignment is not None:
             if position_ids is None:
@@ -676,7 +674,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         solved = num_passes is None and training and self.config.num_no_grad_passes is None
         fixed = training or num_passes is not None or (decode_mode or self.config.decode_mode) == "passes"
         cyclic = (solver or self.config.training_solver) == "cyclic"
-        if not (fixed and cyclic) or solved or num_passes == 1:
+        single = num_passes == 1 or self.config.feedback_source == "embedding"
+        if not (fixed and cyclic) or solved or single:
             return False
         return torch.compiler.is_compiling() or self.why_no_groups(batch) is None
 

@@ -7,7 +7,7 @@ import torch
 
 from .solvers import Recurrence, relative_change
 
-LENGTH = 16
+PROBE_LENGTH = 16
 """Tokens of the text, taken from all over the vocabulary."""
 
 
@@ -22,7 +22,7 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(recurrence: Callable[[torch.Tensor], Recurrence], embeds: torch.Tensor, eps: float) -> Probe:
+def probe_recurrence(recurrence: Callable[[torch.Tensor], Recurrence], embeds: torch.Tensor, eps: float) -> Probe:
     """
     Args:
         recurrence: makes the recurrence of the embeddings it is given, in which no position reads a state.

@@ -856,7 +856,7 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     )
     refused(text_files, tmp_path, "--adam_beta1=1.5", message="adam_beta1 is 1.5; it must be less than 1")
     refused(text_files, tmp_path, "--adam_epsilon=-1", message="adam_epsilon is -1.0")
-    refused(text_files, tmp_path, "--dropout=nan", message="dropout is nan")
+    refused(text_files, tmp_path, "--dropout=nan", message="attention_dropout is nan")
     refused(text_files, tmp_path, "--stateful_config=[]", message="--stateful_config is not JSON of the form")
     refused(text_files, tmp_path, "--save_total_limit=-1", message="--save_total_limit is -1")
     refused(text_files, tmp_path, "--progress_seconds=nan", message="--progress_seconds is nan")

@@ -727,9 +727,10 @@ def config_fields(option: str, text: str, config_class: type) -> dict:
     """The fields of a configuration given as JSON; a RunError if it is none, or names others."""
     try:
         values = json.loads(text)
-        values.keys()
-    except (AttributeError, ValueError) as error:
-        raise RunError(f"{option} is not JSON of the form '{{\"field\": value}}': {text}") from error
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise RunError(f"{option} is not JSON of the form '{{\"field\": value}}': {text}")
     known = {field.name for field in fields(config_class)} - {"text_config"}
     if unknown := sorted(set(values) - known):
         raise RunError(f"{option}: {config_class.__name__} has no field {', '.join(unknown)}.")
@@ -1068,8 +1069,8 @@ def finish(trainer: SteppingTrainer, model_arguments: ModelArguments, report: di
         "log": [entry for entry in state.log_history if "eval_loss" in entry],
     }
     warm = isinstance(trainer, WindowTrainer) and trainer.state_store and last["epoch"] >= 1
+    epochs = int(last["epoch"])
     if main_process and warm and not trainer.is_fsdp_enabled:  # Sharded, all processes would have to take part.
-        epochs = int(last["epoch"])
         with contextlib.suppress(StatesMissing):
             results["warm_start"] = losses_from_states(model, trainer.train_dataset, trainer.state_store, epochs)
     if main_process:
@@ -1078,7 +1079,7 @@ def finish(trainer: SteppingTrainer, model_arguments: ModelArguments, report: di
                 draw({results["preset"]: [results]}, folder / "training_curve.png")
             write_json(folder / "results.json", results)
         if warm:
-            trainer.state_store.keep({int(last["epoch"]) - 1})  # For a look at them; a finished run does not go on.
+            trainer.state_store.keep({epochs - 1})  # For a look at them; a finished run does not go on.
         print(f"Saved to {folder}.")
     return results
 

@@ -255,7 +255,7 @@ class WarmStart:
             files = sorted(Path(checkpoint).glob("states_*.safetensors"))
             if not files:
                 raise StatesMissing(
-                    f"{checkpoint} has no checksums of states (states_*.safetensors): go on from another."
+                    f"{checkpoint} has no checksums of states (states_*.safetensors): go on from another checkpoint."
                 )
             self.state_store.check(files[process.process_index :: process.num_processes])
 
