@@ -631,7 +631,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         attention_mask = read_mask(self.language_model.config, inputs_embeds, attention_mask, past_key_values)
         alignment = None
         shape = inputs_embeds.shape[:2]
-        # In training even one token asks: the answer may take a probe, which processes with sharded weights run together.
+        # In training even one token asks: the answer may take a probe, which all processes with sharded weights run.
         if (training or shape[1] > 1) and self.groups_positions(shape[0], training, num_passes, solver, decode_mode):
             alignment = find_alignment(attention_mask, position_ids, past_key_values, shape, self.config.num_groups)
         if alignment is not None:
