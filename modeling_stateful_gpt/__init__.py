@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .agreement import Agreement, verify_agreement
 from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import StatefulGPTConfig
 from .conversion import convert_gateloop_transformer, convert_simple_gate_loop_layer
@@ -38,6 +39,7 @@ from .modeling_stateful_gpt import (
 )
 
 __all__ = [
+    "Agreement",
     "GateLoopConfig",
     "GateLoopForCausalLM",
     "GateLoopForSequenceClassification",
@@ -52,6 +54,7 @@ __all__ = [
     "StatefulGPTModel",
     "convert_gateloop_transformer",
     "convert_simple_gate_loop_layer",
+    "verify_agreement",
 ]
 
 

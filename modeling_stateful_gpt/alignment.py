@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .cache import LastHiddenStateLayer, can_scatter, gather_slots, reorder_slots
+from .cache import LastHiddenStateLayer, can_reorder, gather_slots, past_length, reorder_slots
 from .compat import CACHE
 from .modeling_gateloop import of_new_tokens
 
@@ -46,7 +46,7 @@ class Alignment:
     def restore_output(self, output) -> None:
         """Restores what a forward returns, and what it has written to its cache."""
         output.last_hidden_state = self.restore(output.last_hidden_state)
-        for name in ("pass_hidden_states", "hidden_states"):
+        for name in ("pass_hidden_states", "hidden_states", "router_logits"):
             if output.get(name) is not None:
                 output[name] = tuple(self.restore(h) for h in output[name])
         if output.attentions is not None:
@@ -58,18 +58,20 @@ class Alignment:
 
 
 class PaddingAlignment(Alignment):
-    """Puts each row's tokens first and its padding last.
+    """Puts each row's tokens first and its padding last, or the padding first.
 
     Args:
         attention_mask: `[B, past + T]`, 0 on padding.
         past: how many tokens are in the cache already.
     """
 
-    def __init__(self, attention_mask: torch.Tensor, past: int, length: int):
+    def __init__(self, attention_mask: torch.Tensor, past: int, length: int, padding_first: bool = False):
         real = of_new_tokens(attention_mask, past, length).bool().long()
-        order = real.argsort(dim=1, descending=True, stable=True)
+        order = real.argsort(dim=1, descending=not padding_first, stable=True)
         super().__init__(order, order.argsort(dim=1))
-        self.tokens_read, self.past = real.cumsum(1), past
+        self.places_read, self.past = real.cumsum(1), past
+        if padding_first:
+            self.places_read += (1 - real).sum(1, keepdim=True)
 
     def align_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         new = of_new_tokens(attention_mask, self.past, self.order.shape[1])
@@ -88,7 +90,7 @@ class PaddingAlignment(Alignment):
             held = getattr(layer, name)
             earlier, recorded = held[:, :, :-length], held[:, :, -length:]
             before = earlier[:, :, -1:] if earlier.shape[2] > 0 else torch.zeros_like(recorded[:, :, :1])
-            after = gather_slots(torch.cat([before, recorded], dim=2), self.tokens_read, dim=2)
+            after = gather_slots(torch.cat([before, recorded], dim=2), self.places_read, dim=2)
             setattr(layer, name, torch.cat([earlier, after], dim=2))
 
 
@@ -130,15 +132,18 @@ def find_alignment(
         if position_ids is None or cache is not None or torch.compiler.is_exporting():
             return None
         return find_packing(position_ids.expand(shape), num_groups)
-    if attention_mask.ndim != 2 or (cache is not None and not can_scatter(cache)):
+    if attention_mask.ndim != 2 or (cache is not None and not can_reorder(cache)):
         return None
-    past = int(cache.get_seq_length()) if cache is not None else 0
+    return find_padding(attention_mask, int(past_length(cache)), length, padding_first=False)
+
+
+def find_padding(attention_mask: torch.Tensor, past: int, length: int, padding_first: bool) -> Alignment | None:
     # A graph cannot look at the mask.
     if not torch.compiler.is_compiling():
-        real = of_new_tokens(attention_mask, past, length).bool().long()
-        if not (real.diff(dim=1) > 0).any():
+        turns = of_new_tokens(attention_mask, past, length).bool().long().diff(dim=1)
+        if not (turns == (-1 if padding_first else 1)).any():
             return None
-    return PaddingAlignment(attention_mask, past, length)
+    return PaddingAlignment(attention_mask, past, length, padding_first)
 
 
 @torch.compiler.disable

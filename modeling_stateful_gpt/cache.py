@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 
-from .compat import CacheLayerMixin, DynamicLayer, StaticLayer, register_static_layers
+from .compat import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+    StaticLayer,
+    register_static_layers,
+)
 
 
 class AllOrNothingCache(Cache):
@@ -215,14 +223,16 @@ class ScatteredLayer(DynamicLayer):
 
     Args:
         layer: what holds the keys and values from before the sequence.
-        past: how many.
+        past: how many; of them, a layer with a window holds the last ones.
     """
 
     def __init__(self, layer: DynamicLayer | StaticLayer, past: int):
         super().__init__()
-        self.past = past
-        if past > 0:
-            self.keys, self.values = layer.keys[:, :, :past], layer.values[:, :, :past]
+        window = getattr(layer, "sliding_window", None)
+        self.past = past if window is None else min(past, window - 1)
+        if self.past > 0:
+            held = slice(past) if window is None else slice(-self.past, None)
+            self.keys, self.values = layer.keys[:, :, held], layer.values[:, :, held]
             self.is_initialized = True
         self.positions = slice(None)
         self.complete = False
@@ -256,15 +266,51 @@ def put(whole: torch.Tensor, part: torch.Tensor, where: slice, dim: int) -> torc
     return whole
 
 
+def past_length(cache: Cache | None) -> int:
+    """How many tokens are in the cache; 0 for one of linear attention alone, which does not say it."""
+    if cache is None or all(type(layer) is LinearAttentionLayer for layer in cache.layers):
+        return 0
+    return cache.get_seq_length()
+
+
+def linear_layers_of(cache: Cache) -> list[LinearAttentionCacheLayerMixin]:
+    """The layers of transformers' own that hold states (of convolutions, of linear attention) in place of a past."""
+    return [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+
+
+def keep_states(cache: Cache, before: Cache, advance: torch.Tensor) -> None:
+    """Puts the states of linear layers back to those of `before` in the rows where `advance` `[B]` is False. They are
+    zero where there was none."""
+    for layer, earlier in zip(linear_layers_of(cache), linear_layers_of(before), strict=True):
+        for name in ("conv_states", "recurrent_states"):
+            for number, state in getattr(layer, name).items():
+                if state is None:
+                    continue
+                old = getattr(earlier, name)[number]
+                old = torch.zeros((), dtype=state.dtype, device=state.device) if old is None else old
+                rows = advance.to(state.device).view(-1, *[1] * (state.ndim - 1))
+                if old.ndim == 0 or old.shape == state.shape:  # Those of recorded tokens grow; none of them is padding.
+                    state.copy_(state.where(rows, old))
+
+
 def can_scatter(cache: Cache) -> bool:
-    """Whether every layer of the language model holds the keys and values of all of the past, as plain tensors."""
-    layers = (layer for layer in cache.layers if not holds_last_hidden_state(layer))
-    return not cache.offloading and all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
+    """Whether every layer of the language model holds the keys and values of the past, or of a window of it, as plain
+    tensors."""
+    return not cache.offloading and layers_are(cache, (DynamicLayer, StaticLayer, DynamicSlidingWindowLayer))
+
+
+def can_reorder(cache: Cache) -> bool:
+    """Whether every layer of the language model holds all keys and values of the past, as plain tensors."""
+    return not cache.offloading and layers_are(cache, (DynamicLayer, StaticLayer))
+
+
+def layers_are(cache: Cache, kinds: tuple[type[CacheLayerMixin], ...]) -> bool:
+    return all(type(layer) in kinds for layer in cache.layers if not holds_last_hidden_state(layer))
 
 
 def scatter(cache: Cache) -> Cache:
     """A cache of `ScatteredLayer`s that begins with what `cache` holds."""
-    past = int(cache.get_seq_length())
+    past = int(past_length(cache))
     layers = (layer for layer in cache.layers if not holds_last_hidden_state(layer))
     return Cache(layers=[ScatteredLayer(layer, past) for layer in layers])
 
@@ -285,9 +331,9 @@ def gather_slots(z: torch.Tensor, slots: torch.Tensor, dim: int = 1) -> torch.Te
 
 def reorder_slots(cache: Cache, slots: torch.Tensor, past: int) -> None:
     """Puts the T keys and values after the first `past` of every layer of the language model in the order `slots`
-    `[B, T]` of each row. The layers are plain ones (see `can_scatter`)."""
+    `[B, T]` of each row. These layers are plain ones (see `can_reorder`); those with a state have no order."""
     for layer in cache.layers:
-        if not holds_last_hidden_state(layer):
+        if type(layer) in (DynamicLayer, StaticLayer):
             filled = slice(past, past + slots.shape[1])
             keys, values = (gather_slots(z[:, :, filled], slots, dim=2) for z in (layer.keys, layer.values))
             layer.keys, layer.values = put(layer.keys, keys, filled, dim=2), put(layer.values, values, filled, dim=2)
@@ -406,7 +452,7 @@ def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
     layers = [layer for layer in cache.layers if not holds_last_hidden_state(layer)]
     # For a draft by early exit, transformers before 5.17 makes layers that stay empty.
     for layer in layers[config.num_hidden_layers :]:
-        if layer.get_seq_length() == 0:
+        if not isinstance(layer, LinearAttentionCacheLayerMixin) and layer.get_seq_length() == 0:
             layers.remove(layer)
             cache.layers.remove(layer)
     if len(layers) != config.num_hidden_layers:
@@ -414,7 +460,7 @@ def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
             f"The cache has {len(layers)} layers, the model {config.num_hidden_layers}: it is another model's. Make "
             f"one by DynamicCache(config=model.config)."
         )
-    if not torch.compiler.is_compiling() and int(cache.get_seq_length()) == 0:
+    if not torch.compiler.is_compiling() and int(past_length(cache)) == 0:
         refuse_windows(layers, config)
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     for number, (layer_type, layer) in enumerate(zip(layer_types, layers, strict=False)):
@@ -467,10 +513,12 @@ def last_hidden_state_layer(cache: Cache, text_config: PreTrainedConfig) -> Last
     """
     fill_in_layers(cache, text_config)
     if not holds_last_hidden_state(cache.layers[-1]):
-        if (past := int(cache.get_seq_length())) > 0:
+        past = int(past_length(cache))
+        if past > 0 or any(any(layer.has_previous_state.values()) for layer in linear_layers_of(cache)):
+            held = f"keys and values of {past} tokens" if past > 0 else "states of a text"
             raise ValueError(
-                f"The cache holds keys and values of {past} tokens, and no last hidden state to feed back: a model "
-                f"without feedback has filled it. Begin with an empty one: DynamicCache(config=model.config)."
+                f"The cache holds {held}, and no last hidden state to feed back: a model without feedback has filled "
+                f"it. Begin with an empty one: DynamicCache(config=model.config)."
             )
         layer = LastHiddenStateLayer()
         layer.record_past = any(getattr(other, "record_past", False) for other in cache.layers)

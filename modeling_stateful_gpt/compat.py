@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -42,10 +42,17 @@ from transformers import (
     cache_utils,
     configuration_utils,
 )
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -87,8 +94,10 @@ __all__ = [
     "ROPE_INIT_FUNCTIONS",
     "CacheLayerMixin",
     "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "GenerationMode",
     "LinearAttentionCacheLayerMixin",
+    "LinearAttentionLayer",
     "LlamaRotaryEmbedding",
     "RopeParameters",
     "StaticLayer",
@@ -100,6 +109,7 @@ __all__ = [
     "capture_outputs",
     "checkpointing",
     "create_mask",
+    "create_masks",
     "get_relative_import_files",
     "is_sharded",
     "maybe_autocast",
@@ -126,14 +136,22 @@ def accept_cache(forward: Callable) -> Callable:
 
 
 def cache_argument(forward: Callable) -> str | None:
-    """By which name the forward of a model takes its cache; None if by neither."""
+    """By which name the forward of a model takes a `Cache`; None if it takes none."""
     parameters = inspect.signature(forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    if "cache_params" in parameters and Cache not in get_args(parameters["cache_params"].annotation):
+        return None  # xLSTM has a cache of its own.
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
 
 
 def create_mask(past_key_values: Cache | None, **kwargs) -> Any:
     """The mask of causal attention, in the form that the attention's implementation takes; None where it needs none."""
     return create_causal_mask(**{CACHE: past_key_values}, **kwargs)
+
+
+def create_masks(past_key_values: Cache | None, **kwargs) -> Any:
+    """The masks of a decoder's layers, by their types; one where it has no types of layers. In place of a mask, None
+    where the implementation of attention needs none."""
+    return create_masks_for_generate(**{CACHE: past_key_values}, **kwargs)
 
 
 def allow_layer_types(names: tuple[str, ...]) -> None:

@@ -26,6 +26,11 @@ DECODE_MODES = {
     "solved": "the recurrence, solved: what stepping gives, however the prompt is cut",
 }
 
+HEADS = {
+    "linear": "one linear layer without bias",
+    "language_model": "all that the …ForCausalLM of `text_config` does with the last hidden states",
+}
+
 READ_THROUGH = (
     "vocab_size",
     "hidden_size",
@@ -59,6 +64,9 @@ class StatefulGPTConfig(PreTrainedConfig):
         feedback: how the state enters the embedding, a key of `FUSIONS` in `feedback.py`; None for no feedback.
         feedback_source: `"hidden_state"`, or `"embedding"`: the same fusion fed with the previous token's embedding,
             a token shift and no recurrence, to compare with.
+        head: how last hidden states become logits, a key of `HEADS`: `"linear"`, or `"language_model"` for whatever the
+            language model has there (a bias, a scale, a cap). With the latter, a mixture of experts has its
+            load-balancing loss, too (`output_router_logits`). `from_backbone` chooses what computes the same.
 
     Training:
         training_solver: how the passes are made, a key of `SOLVERS` in `solvers.py`: `"jacobi"`, `"cyclic"`, or
@@ -88,13 +96,15 @@ class StatefulGPTConfig(PreTrainedConfig):
     model_type = "stateful_gpt"
     sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = [
-        *GateLoopConfig.keys_to_ignore_at_inference, "pass_losses", "passes", "residual", "stepped_from", "states",
+        *GateLoopConfig.keys_to_ignore_at_inference, "aux_loss", "router_logits", "pass_losses", "states",
+        "passes", "residual", "stepped_from", "rounding_floor",
     ]  # fmt: skip
 
     # Any: `__post_init__` turns a dict or None into the configuration it stands for.
     text_config: Any = None
     feedback: str | None = "gated_add"
     feedback_source: str = "hidden_state"
+    head: str = "linear"
     training_solver: str = "cyclic"
     num_passes: int = 1
     num_no_grad_passes: int | None = 2
@@ -129,6 +139,8 @@ class StatefulGPTConfig(PreTrainedConfig):
                 if inside != value:
                     raise ValueError(f"{name} is {value!r} at the top level and {inside!r} in text_config; give one.")
             setattr(self, name, value)
+        # Models are made in the type that the configuration names, and all of this one in the same.
+        self.dtype: Any = self.dtype or self.text_config.dtype
         # Saved with every checkpoint, so that each Auto class finds its class in the code beside the weights.
         self.auto_map = {
             "AutoConfig": "configuration_stateful_gpt.StatefulGPTConfig",
@@ -159,6 +171,7 @@ class StatefulGPTConfig(PreTrainedConfig):
         check_name("feedback", self.feedback, [*FUSIONS, None])
         check_name("feedback_source", self.feedback_source, ["hidden_state", "embedding"])
         check_name("decode_mode", self.decode_mode, DECODE_MODES)
+        check_name("head", self.head, HEADS)
         check_name("training_solver", self.training_solver, SOLVERS)
         check_name("solver", self.solver, SOLVERS)
         probabilities = self.pass_probabilities
@@ -170,6 +183,11 @@ class StatefulGPTConfig(PreTrainedConfig):
             )
 
     def validate_text_config(self):
+        if missing := [name for name in ("vocab_size", "hidden_size") if not hasattr(self.text_config, name)]:
+            raise ValueError(
+                f"text_config is a {type(self.text_config).__name__}, which has no {missing[0]}; it must be that of a "
+                f"language model. Of a model of images or sound, give get_text_config()."
+            )
         # Its own check was before fields were set from here.
         if self.text_config.model_type == GateLoopConfig.model_type:
             self.text_config.validate()

@@ -11,25 +11,25 @@ import torch
 from torch import nn
 
 
-class FusionLinear(nn.Linear):
-    """A linear layer that keeps PyTorch's own initialisation: scaled to the width, with biases.
-
-    With transformers' `initializer_range` the products of small numbers below would start near 1e-4 of the embedding
-    and be learned late.
-    """
-
-
-class ZeroLinear(FusionLinear):
-    """Starts at zero."""
+class Fusion(nn.Module):
+    """Its layers are plain ones, so that quantisers and adapters know them."""
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        """PyTorch's own initialisation: scaled to the width, with biases.
 
+        With transformers' `initializer_range` the products of small numbers below would start near 1e-4 of the
+        embedding and be learned late.
+        """
+        for layer in self.children():
+            layer.reset_parameters()  # type: ignore[operator]
 
-class Fusion(nn.Module):
     def start_at_identity(self) -> None:
         """Zeroes what makes `fusion(e, h) == e`, for a fusion put around a trained model. A no-op where impossible."""
+
+
+def zero(layer: nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 class GatedAdd(Fusion):
@@ -38,16 +38,15 @@ class GatedAdd(Fusion):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.query = FusionLinear(hidden_size, hidden_size)
-        self.key = FusionLinear(hidden_size, hidden_size)
-        self.value = FusionLinear(hidden_size, hidden_size)
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         return e + self.value(h) * torch.relu(self.key(h) * self.query(e))
 
     def start_at_identity(self) -> None:
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
+        zero(self.value)
 
 
 class GLU(Fusion):
@@ -58,8 +57,8 @@ class GLU(Fusion):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.value = FusionLinear(hidden_size, hidden_size)
-        self.gate = FusionLinear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.gate = nn.Linear(hidden_size, hidden_size)
         self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
 
     def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -72,14 +71,19 @@ class Correction(Fusion):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.up = FusionLinear(2 * hidden_size, hidden_size)
-        self.down = ZeroLinear(hidden_size, hidden_size)
+        self.up = nn.Linear(2 * hidden_size, hidden_size)
+        self.down = nn.Linear(hidden_size, hidden_size)
+        self.start_at_identity()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.start_at_identity()
 
     def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         return e + self.down(nn.functional.gelu(self.up(torch.cat([e, h], dim=-1))))
 
     def start_at_identity(self) -> None:
-        self.down.reset_parameters()
+        zero(self.down)
 
 
 FUSIONS: dict[str, type[Fusion]] = {"gated_add": GatedAdd, "glu": GLU, "correction": Correction}

@@ -25,7 +25,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cache import fill_in_layers, has_recurrent_layers, refuse_last_hidden_state
+from .cache import fill_in_layers, has_recurrent_layers, past_length, refuse_last_hidden_state
 from .compat import (
     ALL_ATTENTION_FUNCTIONS,
     CACHE,
@@ -49,8 +49,12 @@ from .reversible import KeyValueMemory, ReversibleCell
 T = TypeVar("T")
 
 
-class ResidualProjection(nn.Linear):
-    """The last layer of a branch of a block. Starts smaller, so that the sum over depth does not grow (GPT-2)."""
+def residual_projection(width: int, hidden_size: int, bias: bool) -> nn.Linear:
+    """The last layer of a branch of a block. Starts smaller, so that the sum over depth does not grow (GPT-2). A plain
+    one with a mark: quantisers and adapters leave out a class of its own."""
+    linear = nn.Linear(width, hidden_size, bias=bias)
+    linear.closes_branch = True  # type: ignore[assignment]
+    return linear
 
 
 def eager_attention(
@@ -102,7 +106,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = ResidualProjection(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj = residual_projection(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -245,7 +249,7 @@ class GateLoopLayer(nn.Module):
         self.transition = look_up(TRANSITIONS, state_transition, "state_transition")(hidden_size, self.num_heads)
         self.norm = nn.LayerNorm(hidden_size) if output_norm else nn.Identity()
         self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.o_proj = ResidualProjection(hidden_size, hidden_size, bias=False)
+        self.o_proj = residual_projection(hidden_size, hidden_size, bias=False)
 
     def forward(
         self,
@@ -303,7 +307,7 @@ def create_state_mask(
     """
     batch, length, _ = inputs_embeds.shape
     if attention_mask is not None:
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = past_length(past_key_values)
         compiling = torch.compiler.is_compiling()
         if not compiling and attention_mask.all():
             return None, None
@@ -392,7 +396,7 @@ class ReversibleMixer(FixedPointMixer):
         self.cell = ReversibleCell(config.hidden_size, config.hidden_size // 2, config.reversible_form)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = residual_projection(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -417,7 +421,7 @@ class RWKVMixer(FixedPointMixer):
         self.r_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = residual_projection(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -491,7 +495,7 @@ class GELUMLP(nn.Module):
     def __init__(self, config: GateLoopConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = residual_projection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.gelu(self.up_proj(x)))
@@ -504,7 +508,7 @@ class SwiGLUMLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = residual_projection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -553,7 +557,7 @@ class GateLoopPreTrainedModel(HubModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ResidualProjection):
+        if getattr(module, "closes_branch", False):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, (Magnitude, Phase)):
@@ -600,7 +604,7 @@ def check_inputs(
         )
     if torch.compiler.is_compiling():
         return
-    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    past = int(past_length(past_key_values))
     static = (layer for layer in getattr(past_key_values, "layers", ()) if type(layer) is StaticLayer)
     room = min((layer.max_cache_len for layer in static), default=None)
     if room is not None and past + length > room:
@@ -625,7 +629,7 @@ def default_position_ids(
     length: int, attention_mask: torch.Tensor | None, past_key_values: Cache | None, device: torch.device
 ) -> torch.Tensor:
     """Positions `[B or 1, length]` of the tokens after the cached ones, counted without padding."""
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    past = past_length(past_key_values)
     if attention_mask is not None and attention_mask.ndim == 2:
         return of_new_tokens((attention_mask.cumsum(-1) - 1).clamp(min=0), past, length)
     return (torch.arange(length, device=device) + past).unsqueeze(0)
@@ -654,7 +658,7 @@ def read_mask(
         return None
     batch, length, _ = inputs_embeds.shape
     stateful = has_recurrent_layers(config)
-    past, shape = past_key_values.get_seq_length() if past_key_values is not None else 0, list(attention_mask.shape)
+    past, shape = past_length(past_key_values), list(attention_mask.shape)
     fits = shape[0] == batch if len(shape) == 2 else len(shape) == 4 and shape[2] == length and not stateful
     if fits and not torch.compiler.is_compiling():
         unused = shape[-1] - int(past) - length

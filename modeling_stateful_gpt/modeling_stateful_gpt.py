@@ -11,6 +11,8 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -27,11 +29,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .alignment import find_alignment, first_of_sequence
+from .alignment import find_alignment, find_padding, first_of_sequence
 from .cache import (
     append,
     can_scatter,
+    keep_states,
     last_hidden_state_layer,
+    past_length,
     put,
     refuse_last_hidden_state,
     scatter,
@@ -40,18 +44,28 @@ from .cache import (
 from .compat import (
     CACHE,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
     accept_cache,
     cache_argument,
     checkpointing,
+    create_masks,
     is_sharded,
     merge_with_config_defaults,
     slice_logits_to_keep,
 )
 from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import DECODE_MODES, StatefulGPTConfig
-from .feedback import FUSIONS, FusionLinear
+from .feedback import FUSIONS, Fusion
 from .generation_stateful_gpt import StatefulGenerationMixin
 from .hub import HubModel
+from .language_modeling import (
+    find_decoder,
+    has_many_logits,
+    loss_in_chunks,
+    make_head,
+    take_head,
+    tied_weights,
+)
 from .modeling_gateloop import (
     GateLoopModel,
     NextTokenLabels,
@@ -72,15 +86,24 @@ logger = logging.get_logger(__name__)
 ROUNDINGS = 8
 """The tolerance is at least so many times what rounding does to a state."""
 
-RECORDED = ("output_hidden_states", "output_attentions")
+ROUTED = "output_router_logits"
+"""Asks a mixture of experts for its load-balancing loss, as a field of its configuration or an argument."""
+
+RECORDED = ("output_hidden_states", "output_attentions", ROUTED)
+
+
+Mask = torch.Tensor | dict[str, torch.Tensor]
+"""What each position reads, as the language model takes it: one mask, or one for each type of layer."""
 
 
 @dataclass
 class StatefulGPTOutputWithPast(BaseModelOutputWithPast):
     """`pass_hidden_states`: in training, the last hidden states `[B, T, D]` of every pass; `last_hidden_state` is then,
     at each position, that of a pass drawn at random. `passes`, `residual`, `stepped_from` and `rounding_floor`: in
-    evaluation, what the solver did (see `Solution`)."""
+    evaluation, what the solver did (see `Solution`). `router_logits`: of a mixture of experts, if asked for, those of
+    the last pass, `[B, T, E]` for each layer that has experts."""
 
+    router_logits: tuple[torch.Tensor, ...] | None = None
     pass_hidden_states: tuple[torch.Tensor, ...] | None = None
     passes: int | None = None
     residual: float | None = None
@@ -91,8 +114,12 @@ class StatefulGPTOutputWithPast(BaseModelOutputWithPast):
 @dataclass
 class StatefulGPTCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`pass_losses`: in training, the loss of every pass, `[passes]`, whose mean is `loss`. `states`: the last hidden
-    states `[B, T, D]` of the last pass, without gradient: a first guess for the next time (`initial_states`)."""
+    states `[B, T, D]` of the last pass, without gradient: a first guess for the next time (`initial_states`).
+    `aux_loss`: of a mixture of experts, if asked for, the load-balancing loss of the last pass, which `loss` has in it,
+    too, times `router_aux_loss_coef`."""
 
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
     pass_losses: torch.Tensor | None = None
     states: torch.Tensor | None = None
     passes: int | None = None
@@ -127,7 +154,7 @@ class LanguageModelRecurrence:
             initial_states = initial_states.where(sane, torch.zeros((), device=initial_states.device))
         self.guess = initial_states
         self.attention_mask = attention_mask
-        self.past = cache.get_seq_length() if cache is not None else 0
+        self.past = past_length(cache)
         # As in transformers, positions say what is packed only where there is neither a mask nor a cache.
         self.may_be_packed = position_ids is not None and attention_mask is None and cache is None
         if position_ids is None:
@@ -185,7 +212,11 @@ class LanguageModelRecurrence:
         here = slice(position, position + 1)
         h, exists = state
         inputs = self.fuse(self.embeds[:, here], h[:, None], self.has_previous[:, here])
+        padded = self.attention_mask is not None and self.model.has_linear_attention
+        before = snapshot(self.running) if padded else None
         hidden_state = self.run(inputs, self.running, here, self.mask_at(position))[:, 0]
+        if before is not None:
+            keep_states(self.running, before, self.real[:, position])
         carried = self.embeds[:, position] if self.model.config.feedback_source == "embedding" else hidden_state
         real = self.real[:, position]
         return hidden_state, (torch.where(real[:, None], carried, h), exists | real)
@@ -205,7 +236,7 @@ class LanguageModelRecurrence:
         if not self.has_groups:
             return self.sweep(states)
         if self.scattered is None:
-            self.scattered, self.mask = scatter(self.own_cache()), self.reads()
+            self.scattered, self.group_masks = scatter(self.own_cache()), self.masks()
         slots, parts, outputs = self.slots(states), groups(start, self.length, num_groups), []
         for group in parts:
             inputs = self.inputs(group, states, slots)
@@ -213,7 +244,8 @@ class LanguageModelRecurrence:
                 layer.positions = group
             whole = len(inputs[0]) == self.length and self.past == 0 and not self.may_be_packed
             # The language model's own mask, where it has one, may have a faster kernel.
-            mask = self.attention_mask if whole else self.mask[:, :, group]
+            masks = {name: mask[:, :, group] for name, mask in self.group_masks.items()}
+            mask = self.attention_mask if whole else masks if len(masks) > 1 else next(iter(masks.values()))
             hidden_states = self.run(inputs, self.scattered, group, mask)
             slots = put(slots, hidden_states, slice(group.start + 1, None, num_groups), dim=1)
             outputs.append(self.output)
@@ -236,7 +268,7 @@ class LanguageModelRecurrence:
         """What the language model gets at the positions of `group`, given the states in `slots(states)`."""
         e = self.embeds[:, group]
         if states is None and self.guess is None and self.before is None:
-            return e
+            return e.clone()  # CTRL scales what it is given in place.
         return self.fuse(e, self.at(self.previous[:, group], slots), self.known(states)[:, group])
 
     def own_cache(self) -> Cache:
@@ -253,16 +285,37 @@ class LanguageModelRecurrence:
             sequence = self.starts.cumsum(1)
             reads = reads & (sequence[:, :, None] == sequence[:, None])
         # Padding reads itself, for a softmax over nothing is not a number.
-        reads = (reads | (keys == queries))[:, None]
+        reads = (reads | (keys == queries))[:, None].expand(len(self.embeds), -1, -1, -1)
         if self.model.language_model.config._attn_implementation == "sdpa":
             return reads
         dtype = self.embeds.dtype
         return torch.zeros((), dtype=dtype, device=reads.device).where(reads, torch.finfo(dtype).min)
 
+    def masks(self) -> dict[str, torch.Tensor]:
+        """What `reads` says, for each type of layer: some attend to a window or to a chunk alone."""
+        config = self.model.language_model.config
+        if not any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
+            return {"": self.reads()}
+        masks = create_masks(
+            self.cache if self.past > 0 else None,
+            config=config,
+            inputs_embeds=self.embeds,
+            attention_mask=self.attention_mask,
+            position_ids=self.position_ids if self.may_be_packed else None,
+        )
+        masks = masks if isinstance(masks, dict) else {"": masks}
+        return {name: self.reads() if mask is None else self.with_itself(mask) for name, mask in masks.items()}
+
+    def with_itself(self, mask: torch.Tensor) -> torch.Tensor:
+        """`mask` `[B or 1, 1, T, S]`, in which each position reads itself, be it padding."""
+        keys = torch.arange(mask.shape[-1], device=mask.device)
+        itself = keys == keys[-self.length :, None]
+        return mask | itself if mask.dtype == torch.bool else mask.masked_fill(itself, 0)
+
     def plain(self) -> torch.Tensor:
         """The language model alone: no state, not even one from before the sequence, is fed back."""
         self.running = self.cache
-        return self.run(self.embeds, self.cache, slice(None), self.attention_mask)
+        return self.run(self.embeds.clone(), self.cache, slice(None), self.attention_mask)
 
     def slots(self, states: torch.Tensor | None) -> torch.Tensor:
         """`[B, T + 1, D]`: the state from before the sequence, then the given `[B, T, D]` or the first guess."""
@@ -286,19 +339,24 @@ class LanguageModelRecurrence:
         return torch.where(has_previous[..., None], self.model.feedback(e, h).to(e.device), e)
 
     def run(
-        self, inputs: torch.Tensor, cache: Cache | None, positions: slice, attention_mask: torch.Tensor | None
+        self, inputs: torch.Tensor, cache: Cache | None, positions: slice, attention_mask: Mask | None
     ) -> torch.Tensor:
         if self.in_lockstep:
             anyone(True, self.embeds.device)
+        if self.model.reads_own_mask_only and attention_mask is not None:
+            attention_mask = attention_mask[:, -inputs.shape[1] :]  # type: ignore[index]
         output = self.model.language_model(
             inputs_embeds=inputs,
             attention_mask=attention_mask,
-            position_ids=self.position_ids[:, positions],
             use_cache=cache is not None,
             **{self.model.cache_argument: cache},
+            **({"position_ids": self.position_ids[:, positions]} if self.model.takes_positions else {}),
             **{**self.kwargs, **{name: z[:, positions] for name, z in self.per_token.items()}},
         )
         self.output = {name: output.get(name) for name in ("hidden_states", "attentions")}
+        routed = output.get("router_logits")
+        # One row for each token, in some models of one dimension more.
+        self.output["router_logits"] = routed and tuple(z.view(*inputs.shape[:2], -1) for z in routed)
         # Spread over devices, a model's last layer may be on another one than the embedding, where its states go next.
         return output.last_hidden_state.to(self.embeds.device)
 
@@ -306,7 +364,8 @@ class LanguageModelRecurrence:
         """Where the weights are sharded, a run takes all processes, and how many runs it takes depends on the text: who
         is done before the others runs along until all are."""
         while self.in_lockstep and anyone(False, self.embeds.device):
-            self.model.language_model(inputs_embeds=self.embeds[:, :1], use_cache=False)
+            one = {name: z[:, :1] for name, z in self.per_token.items()}
+            self.model.language_model(inputs_embeds=self.embeds[:, :1], use_cache=False, **one)
 
     def mask_at(self, position: int) -> torch.Tensor | None:
         """The attention mask of one position, which sees the ones before it and itself."""
@@ -375,10 +434,10 @@ def per_token(kwargs: dict, batch: int, length: int) -> dict[str, torch.Tensor]:
 
 def in_order(outputs: list[dict], parts: list[slice], length: int) -> dict:
     """What groups of positions recorded, one after the other, in the order of their positions: hidden states
-    `[B, T, D]` and attentions `[B, H, T, S]` of every layer."""
+    `[B, T, D]`, attentions `[B, H, T, S]` and router logits `[B, T, E]` of every layer."""
     order = torch.cat([torch.arange(length)[part] for part in parts]).argsort()
     result = {}
-    for name, dim in (("hidden_states", 1), ("attentions", 2)):
+    for name, dim in (("hidden_states", 1), ("attentions", 2), ("router_logits", 1)):
         layers = zip(*(output[name] for output in outputs), strict=True) if outputs[0][name] else ()
         # Layers that were not asked for are None.
         whole = (None if p[0] is None else torch.cat(p, dim).index_select(dim, order.to(p[0].device)) for p in layers)
@@ -522,7 +581,7 @@ class StatefulGPTPreTrainedModel(HubModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FusionLinear):
+        if isinstance(module, Fusion):
             module.reset_parameters()
         elif isinstance(module, StatefulGPTModel):
             init.zeros_(module.batches_seen)
@@ -548,11 +607,16 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             # Always that of the same code: the Auto classes may know another copy of it, or none.
             self.language_model: PreTrainedModel = GateLoopModel(config.text_config)
         else:
-            self.language_model = AutoModel.from_config(config.text_config)
+            # Of the type of all else; left to itself, it would be that of its own configuration.
+            self.language_model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         if config.feedback is not None:
             refuse_unsupported(self.language_model)
-        self.cache_argument = cache_argument(self.language_model.forward) or CACHE
+        self.read_arguments()
         self.feedback = FUSIONS[config.feedback](config.hidden_size) if config.feedback is not None else None
+        layers = DynamicCache(config=config.text_config).layers
+        self.has_linear_attention = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+        # Where no layer attends to the past, the mask is that of the tokens given.
+        self.reads_own_mask_only = all(type(layer) is LinearAttentionLayer for layer in layers)
         self.gradient_checkpointing = False
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
         self.probed: dict[tuple, Probe] = {}
@@ -599,9 +663,11 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         look_up(DECODE_MODES, decode_mode or self.config.decode_mode, "decode_mode")
         if inputs_embeds is None:
             inputs_embeds = embed_tokens(self.get_input_embeddings(), input_ids)
-        for name in RECORDED:
-            kwargs[name] = kwargs.get(name) or getattr(self.config, name, False)
         text_config = self.config.text_config
+        for name in RECORDED:
+            default = getattr(text_config if name == ROUTED else self.config, name, False)
+            kwargs[name] = default if kwargs.get(name) is None else kwargs[name]
+        kwargs |= self.inputs_of_tokens(input_ids, kwargs)
         check_inputs(text_config, inputs_embeds.shape[1], attention_mask, past_key_values)
         if initial_states is not None and initial_states.shape != inputs_embeds.shape:
             raise ValueError(
@@ -623,6 +689,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 **{CACHE: getattr(outputs, CACHE)},
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
+                router_logits=outputs.get("router_logits"),
             )
 
         training = self.training and past_key_values is None
@@ -634,6 +701,9 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         # In training even one token asks: the answer may take a probe, which all processes with sharded weights run.
         if (training or shape[1] > 1) and self.groups_positions(shape[0], training, num_passes, solver, decode_mode):
             alignment = find_alignment(attention_mask, position_ids, past_key_values, shape, self.config.num_groups)
+        elif self.has_linear_attention and shape[1] > 1 and past_key_values is not None and attention_mask is not None:
+            # States have read all that is behind them: there must be no padding after the tokens.
+            alignment = find_padding(attention_mask, int(past_length(past_key_values)), shape[1], padding_first=True)
         if alignment is not None:
             if position_ids is None:
                 position_ids = default_position_ids(shape[1], attention_mask, past_key_values, inputs_embeds.device)
@@ -667,6 +737,24 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         if alignment is not None:
             alignment.restore_output(output)
         return output
+
+    def read_arguments(self) -> None:
+        """Looks up what the language model's forward takes."""
+        self.cache_argument = cache_argument(self.language_model.forward) or CACHE
+        parameters = inspect.signature(self.language_model.forward).parameters
+        self.takes_positions = "position_ids" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+    def inputs_of_tokens(self, input_ids: torch.Tensor | None, given: dict) -> dict[str, torch.Tensor]:
+        """What the language model reads of the tokens besides their embeddings: in Gemma 3n and 4, an input for each
+        layer."""
+        if not getattr(self.config.text_config, "hidden_size_per_layer_input", 0) or "per_layer_inputs" in given:
+            return {}
+        if input_ids is None:
+            raise ValueError(
+                f"{type(self.language_model).__name__} reads the tokens themselves, not their embeddings alone: pass "
+                f"input_ids, or per_layer_inputs beside inputs_embeds."
+            )
+        return {"per_layer_inputs": self.language_model.get_per_layer_inputs(input_ids)}
 
     def groups_positions(
         self, batch: int, training: bool, num_passes: int | None, solver: str | None, decode_mode: str | None
@@ -751,6 +839,9 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             return one_pass(recurrence.sweep(recurrence.embeds))
         if recurrence.length == 1:
             return sequential(recurrence)
+        if self.has_linear_attention and recurrence.past > 0:
+            # Not every such model can go on from its states by more than one token.
+            return sequential(recurrence)
         if num_passes is not None:
             given = [solver, self.config.training_solver, "jacobi"]
             return self.run_solver(recurrence, next(s for s in given if s not in (None, "sequential")), num_passes)
@@ -793,10 +884,10 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         config = self.language_model.config
         if config._attn_implementation not in ("eager", "sdpa"):
             return f"{config._attn_implementation} attention takes no such mask; eager and sdpa do"
-        if named := [n for n in ("alibi", "window_size", "attention_chunk_size") if getattr(config, n, None)]:
+        if named := [n for n in ("alibi", "window_size") if getattr(config, n, None)]:
             return f"its {named[0]} makes masks of its own"
         if not can_scatter(DynamicCache(config=config)):
-            return "not every layer attends to the whole past"
+            return "not every layer attends to the past"
         return self.probe(batch).refused
 
     @torch.compiler.disable
@@ -815,15 +906,17 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
     def probe_language_model(self, batch: int, eps: float) -> Probe:
         training = [(module, module.training) for module in self.language_model.modules()]
         ids = torch.linspace(0, self.config.vocab_size - 1, PROBE_LENGTH).long().to(self.batches_seen.device)
+        ids = ids.expand(batch, -1)
+        recurrence = partial(self.plain_recurrence, **self.inputs_of_tokens(ids, {}))
         self.language_model.eval()
         try:
-            return probe_recurrence(self.plain_recurrence, self.get_input_embeddings()(ids.expand(batch, -1)), eps)
+            return probe_recurrence(recurrence, self.get_input_embeddings()(ids), eps)
         finally:
             for module, mode in training:
                 module.training = mode
 
-    def plain_recurrence(self, embeds: torch.Tensor) -> LanguageModelRecurrence:
-        recurrence = LanguageModelRecurrence(self, embeds, None, None, None)
+    def plain_recurrence(self, embeds: torch.Tensor, **kwargs) -> LanguageModelRecurrence:
+        recurrence = LanguageModelRecurrence(self, embeds, None, None, None, **kwargs)
         recurrence.has_previous, recurrence.can_be_split = torch.zeros_like(recurrence.has_previous), True
         recurrence.in_lockstep = recurrence.sharded
         return recurrence
@@ -841,19 +934,27 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         return generator.choices(range(1, len(probabilities) + 1), weights=probabilities)[0]
 
 
+UNSUPPORTED = {
+    "git": "it counts the patches of an image that is not there",
+    "minimax": "it takes no other cache than its own",
+    "recurrent_gemma": "it keeps its state in the modules, not in a cache",
+}
+"""Types of language models that take the arguments, and around which the recurrence would be wrong or fail."""
+
+
 def refuse_unsupported(language_model: PreTrainedModel) -> None:
     """Raises a ValueError for a language model around which the recurrence could not be evaluated correctly."""
     config, name = language_model.config, type(language_model).__name__
-    needed = {cache_argument(language_model.forward), "inputs_embeds", "attention_mask", "position_ids"}
+    if config.model_type in UNSUPPORTED:
+        raise ValueError(f"{name} cannot take feedback: {UNSUPPORTED[config.model_type]}.")
+    if "hash_moe" in (getattr(config, "mlp_layer_types", None) or []):
+        raise ValueError(f"{name} cannot take feedback: it chooses experts by the tokens, not by their embeddings.")
+    needed = {cache_argument(language_model.forward), "inputs_embeds", "attention_mask"}
     if not needed <= set(inspect.signature(language_model.forward).parameters):
-        raise ValueError(f"{name} cannot take feedback: its forward needs inputs_embeds, position_ids and a Cache.")
-    if getattr(config, "is_decoder", None) is False:
-        raise ValueError(f"{name} is not causal (config.is_decoder is False); feedback needs a decoder.")
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
-        raise ValueError(
-            f"{name} has recurrent or convolution layers, whose own state would take in padding when it is stepped "
-            f"through a sequence; feedback around them is not supported."
-        )
+        raise ValueError(f"{name} cannot take feedback: its forward needs inputs_embeds, attention_mask and a Cache.")
+    # Some decoders have this field and do not read it.
+    if getattr(config, "is_decoder", None) is False and any(hasattr(m, "is_decoder") for m in language_model.modules()):
+        raise ValueError(f"{name} is an encoder (config.is_decoder is False); feedback needs a decoder.")
     width = language_model.get_input_embeddings().weight.shape[-1]
     if width != config.hidden_size:
         raise ValueError(f"{name} embeds tokens {width} wide; feedback needs its hidden_size, {config.hidden_size}.")
@@ -870,6 +971,13 @@ def not_finite(model: PreTrainedModel) -> str:
         f"{type(model).__name__} gives logits that are not numbers, though its weights are finite: something overflows "
         f"in {model.dtype}. Load it with dtype=torch.float32 or torch.bfloat16."
     )
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel, **kwargs) -> torch.Tensor:
+    """The logits of four tokens, in evaluation mode."""
+    with evaluation_mode(model):
+        return model(torch.arange(4, device=model.device)[None], **kwargs).logits
 
 
 def any_pass(passes: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -890,14 +998,59 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
     def __init__(self, config: StatefulGPTConfig):
         super().__init__(config)
         self.model = StatefulGPTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        embedding = self.get_input_embeddings()
-        name = next(name for name, module in self.named_modules() if module is embedding)
-        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        if config.head == "linear":
+            self.lm_head: Any = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        else:
+            self.lm_head = make_head(config.text_config)
+        self.tie_head()
         self.post_init()
-        if self._tp_plan:
+        if self._tp_plan and config.head == "linear":
             # Tensor parallelism splits the embedding, whose weight may be the head's.
             self._tp_plan["lm_head"] = "colwise_gather_output"
+
+    def tie_head(self) -> None:
+        """Says which weights of the head are those of the language model, where they are tied."""
+        if self.config.head == "linear":
+            embedding = self.get_input_embeddings()
+            name = next(name for name, module in self.named_modules() if module is embedding)
+            self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        else:
+            self._tied_weights_keys = tied_weights(self.lm_head, "model.language_model")
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head if self.config.head == "linear" else self.lm_head.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if self.config.head == "linear":
+            self.lm_head = new_embeddings
+        else:
+            self.lm_head.set_output_embeddings(new_embeddings)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[…, V]` from last hidden states `[…, D]`."""
+        if self.config.head == "linear":
+            return self.lm_head(hidden_states)
+        return self.lm_head(inputs_embeds=hidden_states, use_cache=False).logits
+
+    def balance(self, outputs: StatefulGPTOutputWithPast, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The load-balancing loss of a mixture of experts, as the language model's own head computes it."""
+        if self.config.head == "linear":
+            raise ValueError(
+                f"A linear head has no load-balancing loss for {type(self.model.language_model).__name__}'s experts: "
+                f"set head='language_model' in the configuration, or output_router_logits=False."
+            )
+        hidden_states = outputs.last_hidden_state
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -hidden_states.shape[1] :] if attention_mask.ndim == 2 else None
+        routed = tuple(z.flatten(0, 1) for z in outputs.router_logits)
+        return self.lm_head(
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            router_logits=routed,
+            use_cache=False,
+            logits_to_keep=1,
+            **{ROUTED: True},
+        ).aux_loss
 
     @classmethod
     def from_backbone(
@@ -912,43 +1065,44 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
             config: further fields of `StatefulGPTConfig`.
 
         Raises:
-            ValueError: if the backbone's head is more than one `nn.Linear` without bias over the last hidden state, or
-                if that cannot be told because weights are not finite.
+            ValueError: if it is no decoder with a head on it that takes feedback, or if its weights are not finite.
         """
         if isinstance(backbone, str):
             backbone = AutoModelForCausalLM.from_pretrained(backbone)
         head = backbone.get_output_embeddings()
         if head is None or backbone.config.model_type == StatefulGPTConfig.model_type:
             raise ValueError(f"{type(backbone).__name__} is not a plain language model with a head (…ForCausalLM).")
+        logits = probe_logits(backbone)
+        if logits.isnan().any():
+            raise ValueError(not_finite(backbone))
+        linear = type(head) is nn.Linear and head.bias is None and not hasattr(backbone.config, ROUTED)
+        # One linear layer where that is the same, as most tools know it.
+        for kind in ["linear"] * linear + ["language_model"]:
+            model = cls.around(backbone, feedback=feedback, **{"head": kind, **config})
+            if torch.equal(probe_logits(model, num_passes=1), logits):
+                return model.train(backbone.training)
+        raise ValueError(
+            f"{type(backbone).__name__} computes other logits from embeddings than from tokens; feedback changes the "
+            f"embeddings, so it cannot be put around it."
+        )
+
+    @classmethod
+    def around(cls, backbone: PreTrainedModel, **config) -> "StatefulGPTForCausalLM":
+        _, decoder = find_decoder(backbone)
         with torch.device("meta"):
             # Unless it is told otherwise, a composite configuration resets how its parts attend.
             attention = backbone.config._attn_implementation
-            fields = {"text_config": backbone.config, "attn_implementation": attention, "feedback": feedback, **config}
-            model = cls(StatefulGPTConfig(**fields))
-        model.lm_head = head
-        model.model.language_model = backbone.base_model
-        model.model.cache_argument = cache_argument(backbone.base_model.forward) or CACHE
+            model = cls(StatefulGPTConfig(text_config=backbone.config, attn_implementation=attention, **config))
+        model.lm_head = backbone.get_output_embeddings() if model.config.head == "linear" else take_head(backbone)
+        model.model.language_model = decoder
+        model.model.read_arguments()
         model.model.batches_seen = torch.zeros((), dtype=torch.int64, device=backbone.device)
-        if feedback is not None:
-            fusion = FUSIONS[feedback](model.config.hidden_size)
+        if model.config.feedback is not None:
+            fusion = FUSIONS[model.config.feedback](model.config.hidden_size)
             fusion.start_at_identity()
             model.model.feedback = fusion.to(backbone.device, backbone.dtype)
         model.generation_config = backbone.generation_config
-
-        training = backbone.training
-        model.eval()
-        probe = torch.arange(4, device=backbone.device)[None]
-        with torch.no_grad():
-            plain_head = type(head) is nn.Linear and head.bias is None
-            logits = backbone.eval()(probe).logits
-            if plain_head and logits.isnan().any():
-                raise ValueError(not_finite(backbone))
-            if not plain_head or not torch.equal(model(probe, num_passes=1).logits, logits):
-                raise ValueError(
-                    f"{type(backbone).__name__} does more in its head than one nn.Linear without bias (a bias, a scale "
-                    f"or a cap on the logits); StatefulGPTForCausalLM cannot compute the same."
-                )
-        return model.train(training)
+        return model
 
     @accept_cache
     @can_return_tuple
@@ -991,12 +1145,25 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
         every_pass = outputs.pass_hidden_states if labels is not None else None
         last_pass = outputs.pass_hidden_states[-1] if outputs.pass_hidden_states else outputs.last_hidden_state
         losses = []
-        for hidden_states in every_pass or (outputs.last_hidden_state,):
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        passes = [slice_logits_to_keep(h, logits_to_keep) for h in every_pass or (outputs.last_hidden_state,)]
+        logits = None
+        for number, hidden_states in enumerate(passes, start=1):
+            if number < len(passes) and has_many_logits(hidden_states, self.config.vocab_size):
+                losses.append(loss_in_chunks(self, hidden_states, labels, **kwargs))
+                continue
+            logits = self.compute_logits(hidden_states)
             if labels is not None:
                 losses.append(self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs))
+        loss = torch.stack(losses).mean() if losses else None
+        aux_loss = None
+        if outputs.router_logits is not None:
+            aux_loss = self.balance(outputs, attention_mask)
+            if loss is not None:
+                loss = loss + self.config.text_config.router_aux_loss_coef * aux_loss.to(loss.device)
         return StatefulGPTCausalLMOutputWithPast(
-            loss=torch.stack(losses).mean() if losses else None,
+            loss=loss,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits,
             logits=logits,
             **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,

@@ -1,0 +1,110 @@
+"""From last hidden states to logits and a loss: the head of any causal language model, and a loss that holds few
+logits."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+LOGITS_AT_A_TIME = 2**24
+"""Of passes whose logits nobody sees, so many are held at a time."""
+
+IGNORED = -100
+"""The label where there is no loss."""
+
+
+class GivenHiddenStates(nn.Module):
+    """Takes the place of the decoder in a causal language model: the embeddings it is given are the last hidden states
+    `[B, T, D]`, and `router_logits` what its routers said."""
+
+    def forward(self, *args, inputs_embeds: torch.Tensor, router_logits=None, **kwargs) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds, router_logits=router_logits)
+
+    def get_input_embeddings(self) -> None:
+        """There are none. transformers asks before it looks for the head."""
+
+
+def find_decoder(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
+    """The part of a causal language model that computes the last hidden states, and its name there.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    parts = {name: part for name, part in causal_lm.named_children() if isinstance(part, PreTrainedModel)}
+    name, decoder = next(iter(parts.items()), ("", None))
+    try:
+        plain = len(parts) == 1 and decoder.get_input_embeddings() is not None
+    except NotImplementedError:  # The decoder of an encoder-decoder model.
+        plain = False
+    if not plain:
+        raise ValueError(f"{type(causal_lm).__name__} is not a plain language model: one decoder with a head on it.")
+    return name, decoder
+
+
+def take_head(causal_lm: PreTrainedModel) -> PreTrainedModel:
+    """`causal_lm` without its decoder, as a module of its own; `causal_lm` stays as it is."""
+    name, _ = find_decoder(causal_lm)
+    head = copy.copy(causal_lm)
+    # A device map has put these in front of the class's own, bound to the whole model.
+    for attribute in ("forward", "_old_forward", "_hf_hook"):
+        vars(head).pop(attribute, None)
+    head._modules = {**causal_lm._modules, name: GivenHiddenStates()}
+    head._tied_weights_keys, head.all_tied_weights_keys = {}, {}  # Whoever holds the head ties it.
+    return head
+
+
+def tied_weights(head: PreTrainedModel, decoder: str) -> dict[str, str]:
+    """Which weights of `head` are those of its decoder, whose place in the model at hand is `decoder`."""
+    here = next(name for name, part in head.named_children() if isinstance(part, GivenHiddenStates))
+    tied = type(head)._tied_weights_keys or {}
+    return {
+        f"lm_head.{name}": f"{decoder}.{source.removeprefix(f'{here}.')}"
+        for name, source in tied.items()
+        if source.startswith(f"{here}.")
+    }
+
+
+def make_head(text_config: PreTrainedConfig) -> PreTrainedModel:
+    return take_head(AutoModelForCausalLM.from_config(text_config, dtype=torch.get_default_dtype()))
+
+
+def has_many_logits(hidden_states: torch.Tensor, vocab_size: int) -> bool:
+    return hidden_states[..., 0].numel() * vocab_size > LOGITS_AT_A_TIME
+
+
+def loss_in_chunks(
+    model: PreTrainedModel,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """`model.loss_function`, whose logits are computed for some positions at a time, and again in the backward pass.
+
+    Args:
+        hidden_states: `[B, T, D]`, the last ones.
+        labels: `[B, T]`, the tokens themselves; not read where `shift_labels`, those that follow them, are given.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if num_items_in_batch is None:
+        num_items_in_batch = (shift_labels != kwargs.get("ignore_index", IGNORED)).sum()
+
+    def loss_of(hidden_states: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
+        logits = model.compute_logits(hidden_states)
+        return model.loss_function(
+            logits=logits,
+            labels=None,
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels.contiguous(),
+            **kwargs,
+        )
+
+    positions = max(1, LOGITS_AT_A_TIME // (len(hidden_states) * model.config.vocab_size))
+    chunks = zip(hidden_states.split(positions, 1), shift_labels.split(positions, 1), strict=True)
+    return torch.stack([checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]).sum()

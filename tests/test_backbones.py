@@ -1,0 +1,270 @@
+"""Feedback around the causal language models of transformers (see backbones.py)."""
+
+import pytest
+import torch
+from backbones import NO_DECODERS, check_all, small_model
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import LLAMA_LIKE, few, stateful
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3nTextConfig,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from modeling_stateful_gpt import StatefulGPTConfig, StatefulGPTForCausalLM, language_modeling
+
+OTHERS = {name for names in NO_DECODERS.values() for name in names.split()}
+DECODERS = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in OTHERS]
+DOZEN = [
+    "bamba", "bloom", "cohere2", "ctrl", "falcon_h1", "gemma4_text", "gpt_neox", "llama4_text", "mamba", "phi",
+    "qwen3_moe", "qwen3_next",
+]  # fmt: skip
+REFUSED = {
+    "cpmant": "needs inputs_embeds, attention_mask and a Cache",
+    "deepseek_v4": "chooses experts by the tokens",
+    "minimax": "no other cache",
+    "openai-gpt": "and a Cache",
+    "recurrent_gemma": "keeps its state in the modules",
+    "rwkv": "and a Cache",
+    "xlstm": "and a Cache",
+}
+
+
+@pytest.mark.parametrize("model_type", few(DECODERS, DOZEN))
+def test_a_decoder_takes_feedback_or_is_refused_by_name(model_type):
+    (row,) = check_all([model_type])
+    assert not row.fault, row.fault
+    if model_type in REFUSED:
+        assert REFUSED[model_type] in row.refused
+    else:
+        assert row.works and row.padding, row
+
+
+@pytest.mark.parametrize("model_type", few(sorted(OTHERS - {"blt"}), ["bert", "bart", "git"]))
+def test_what_is_no_decoder_of_text_is_refused_in_a_sentence(model_type):
+    (row,) = check_all([model_type])
+    assert row.refused or row.works or not row.built, row
+
+
+def ids(batch, length, seed=0):
+    return torch.randint(3, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# Masks of windows, in groups of positions
+
+
+WINDOWED = {
+    "windows": lambda: Gemma3TextConfig(**LLAMA_LIKE, head_dim=8, sliding_window=5, layer_types=TWO_TYPES),
+    "all windows": lambda: MixtralConfig(**LLAMA_LIKE, sliding_window=4, num_local_experts=2),
+}
+TWO_TYPES = ["sliding_attention", "full_attention"]
+
+
+@given(
+    name=st.sampled_from(sorted(WINDOWED)),
+    attention=st.sampled_from(["eager", "sdpa"]),
+    past=st.integers(0, 9),
+    length=st.integers(2, 14),
+    padding=st.integers(0, 4),
+)
+def test_windows_are_kept_in_groups_of_positions(name, attention, past, length, padding):
+    model = stateful(WINDOWED[name](), attn_implementation=attention, num_groups=3)
+    padding = min(padding, past + length - 1)
+    tokens, mask = ids(2, past + length), torch.ones(2, past + length, dtype=torch.long)
+    mask[0, :padding] = 0
+    with torch.no_grad():
+        results = []
+        for how in ({}, {"solver": "sequential"}):
+            cache = DynamicCache(config=model.config)
+            if past:
+                model(tokens[:, :past], attention_mask=mask[:, :past], past_key_values=cache, **how)
+            results.append(model(tokens[:, past:], attention_mask=mask, past_key_values=cache, **how))
+            after = model(tokens[:, :1], attention_mask=nn.functional.pad(mask, (0, 1), value=1), past_key_values=cache)
+            results.append(after)
+    solved, next_solved, stepped, next_stepped = results
+    assert model.model.why_no_groups() is None
+    real = mask[:, past:].bool()
+    torch.testing.assert_close(solved.logits[real], stepped.logits[real], atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(next_solved.logits, next_stepped.logits, atol=1e-8, rtol=1e-8)
+
+
+# Layers with a state of their own
+
+
+HYBRIDS = ["bamba", "falcon_h1", "lfm2", "mamba2", "qwen3_next"]
+
+
+@pytest.mark.parametrize("model_type", few(HYBRIDS, ["falcon_h1", "qwen3_next"]))
+def test_padding_anywhere_leaves_the_states_of_a_hybrid_as_they_are(model_type):
+    model = StatefulGPTForCausalLM.from_backbone(small_model(model_type)).eval()
+    with torch.no_grad():
+        for parameter in model.model.feedback.parameters():
+            parameter.add_(0.04 * torch.randn_like(parameter))
+    tokens, following = ids(1, 7), ids(1, 3, seed=1)
+
+    def go_on(where: list[int], length: int, **how) -> torch.Tensor:
+        """The logits of the following tokens, after the tokens in the slots `where` of a row, the others padding."""
+        row, mask = torch.zeros(1, length, dtype=torch.long), torch.zeros(1, length, dtype=torch.long)
+        row[0, where], mask[0, where] = tokens[0], 1
+        cache = DynamicCache(config=model.config)
+        model(row, attention_mask=mask, past_key_values=cache, **how)
+        mask = nn.functional.pad(mask, (0, 3), value=1)
+        return model(following, attention_mask=mask, past_key_values=cache).logits
+
+    with torch.no_grad():
+        expected = go_on(list(range(7)), 7, solver="sequential")
+        for where in ([0, 1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 4, 5, 7, 8]):
+            for solver in ("jacobi", "sequential"):
+                got = go_on(where, 10, solver=solver)
+                torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+# What a mixture of experts adds to the loss
+
+
+def mixture(**config) -> StatefulGPTForCausalLM:
+    torch.manual_seed(0)
+    backbone = MixtralConfig(**LLAMA_LIKE, num_local_experts=4, router_aux_loss_coef=0.5, sliding_window=None)
+    model = AutoModelForCausalLM.from_config(backbone).double()
+    return StatefulGPTForCausalLM.from_backbone(model, feedback="gated_add", **config)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_experts_are_balanced_by_the_loss_of_the_backbone(padding):
+    model = mixture(num_passes=1, num_no_grad_passes=0).train()
+    head = language_modeling.make_head(model.config.text_config)
+    backbone = AutoModelForCausalLM.from_config(model.config.text_config).double()
+    backbone.model, backbone.lm_head = model.model.language_model, model.lm_head.get_output_embeddings()
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :padding] = 0
+    inputs = {"input_ids": ids(2, 9), "attention_mask": mask, "labels": ids(2, 9).masked_fill(mask == 0, -100)}
+    expected, got = backbone(**inputs, output_router_logits=True), model(**inputs, output_router_logits=True)
+    torch.testing.assert_close(got.aux_loss, expected.aux_loss)
+    torch.testing.assert_close(got.loss, expected.loss)
+    assert type(head).__name__ == "MixtralForCausalLM"
+
+
+def test_experts_are_balanced_once_however_many_the_passes():
+    model = mixture(num_passes=3, num_no_grad_passes=0).train()
+    inputs = {"input_ids": ids(2, 9), "labels": ids(2, 9)}
+    model.config.text_config.output_router_logits = True
+    out = model(**inputs)
+    torch.testing.assert_close(out.loss, out.pass_losses.mean() + 0.5 * out.aux_loss)
+    out.loss.backward()
+    assert model.model.language_model.layers[0].mlp.gate.weight.grad.abs().max() > 0
+    model.config.text_config.output_router_logits = False
+    assert model(**inputs).aux_loss is None
+
+
+def test_a_linear_head_refuses_the_loss_of_experts_by_name():
+    config = MixtralConfig(**LLAMA_LIKE, num_local_experts=2, output_router_logits=True)
+    with pytest.raises(ValueError, match="set head='language_model' in the configuration"):
+        StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config))(ids(1, 4), labels=ids(1, 4))
+
+
+# What is read of tokens besides their embeddings
+
+
+@pytest.mark.parametrize("feedback", [None, "correction"])
+def test_a_model_that_reads_tokens_in_every_layer_gets_them(feedback):
+    backbone = small_model("gemma3n_text")
+    model = StatefulGPTForCausalLM.from_backbone(backbone, feedback=feedback)
+    with torch.no_grad():
+        assert torch.equal(model(ids(2, 9)).logits, backbone(ids(2, 9)).logits)
+    with pytest.raises(ValueError, match=r"Gemma3nTextModel reads the tokens themselves.*pass input_ids"):
+        model(inputs_embeds=model.get_input_embeddings()(ids(2, 9)))
+    assert isinstance(model.config.text_config, Gemma3nTextConfig)
+
+
+# One type of numbers
+
+
+def test_all_of_a_model_is_of_one_type_whatever_the_decoder_says():
+    config = StatefulGPTConfig(text_config=LlamaConfig(**LLAMA_LIKE, dtype="bfloat16"))
+    for model, dtype in (
+        (StatefulGPTForCausalLM(config), torch.float32),
+        (AutoModelForCausalLM.from_config(StatefulGPTConfig(text_config=config.text_config), dtype="bfloat16"), None),
+    ):
+        dtype = dtype or torch.bfloat16
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        model(ids(2, 6), labels=ids(2, 6)).loss.backward()
+
+
+def test_made_from_its_configuration_a_model_is_of_the_type_that_the_decoder_says():
+    config = StatefulGPTConfig(text_config=LlamaConfig(**LLAMA_LIKE, dtype="bfloat16"))
+    assert AutoModelForCausalLM.from_config(config).dtype == torch.bfloat16
+
+
+# Losses of several passes hold few logits
+
+
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(2, 11),
+    at_a_time=st.sampled_from([1, 150, 400]),
+    counted=st.booleans(),
+    backbone=st.sampled_from(["llama", "gpt2"]),
+)
+def test_a_loss_in_chunks_is_the_loss(batch, length, at_a_time, counted, backbone):
+    model = stateful(backbone, num_passes=3).train()
+    tokens = ids(batch, length)
+    labels = tokens.masked_fill(ids(batch, length, seed=1) % 3 == 0, -100)
+    labels[:, -1] = tokens[:, -1]
+    more = {"num_items_in_batch": torch.tensor(7)} if counted else {}
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in (2**24, at_a_time):
+            patch.setattr(language_modeling, "LOGITS_AT_A_TIME", limit)
+            model.zero_grad()
+            out = model(tokens, labels=labels, **more)
+            out.loss.backward()
+            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            results.append([out.pass_losses, out.logits, *gradients])
+    for whole, chunks in zip(*results, strict=True):
+        torch.testing.assert_close(chunks, whole)
+
+
+# Heads, and what quantisers know
+
+
+@pytest.mark.parametrize("model_type", ["granite", "gemma2", "phi", "modernbert-decoder"])
+def test_the_head_is_that_of_the_backbone_bit_for_bit_saved_or_not(model_type, tmp_path):
+    """A scale, a cap, a bias, a transform."""
+    backbone = small_model(model_type)
+    model = StatefulGPTForCausalLM.from_backbone(backbone)
+    model.save_pretrained(tmp_path)
+    again = StatefulGPTForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = backbone(ids(2, 9)).logits
+        for ours in (model, again.eval()):
+            assert torch.equal(ours(ids(2, 9), num_passes=1).logits, expected)
+            assert torch.equal(ours(ids(2, 9), num_passes=1, logits_to_keep=2).logits, expected[:, -2:])
+    tied = backbone.config.tie_word_embeddings
+    assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
+    again.resize_token_embeddings(70)
+    assert again(ids(2, 9)).logits.shape == (2, 9, 70)
+
+
+def test_no_linear_layer_that_a_quantiser_should_know_is_of_a_class_of_its_own():
+    for backbone in ("gateloop-hybrid", "llama"):
+        for feedback in ("gated_add", "glu", "correction"):
+            model = stateful(backbone, torch.float32, feedback=feedback)
+            own = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
+            assert all("transition" in name for name in own), own
+
+
+def test_a_decoder_that_does_not_read_is_decoder_is_no_encoder():
+    config = GPTNeoXConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, is_decoder=False)
+    StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config))(ids(1, 5))
+
+
+def test_a_configuration_that_is_no_language_models_is_refused_by_name():
+    with pytest.raises(Exception, match=r"has no vocab_size; it must be that of a language model.*get_text_config"):
+        StatefulGPTConfig(text_config={"model_type": "got_ocr2"})
