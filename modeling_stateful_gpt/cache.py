@@ -17,6 +17,7 @@ from .compat import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
@@ -300,8 +301,9 @@ def can_scatter(cache: Cache) -> bool:
 
 
 def can_reorder(cache: Cache) -> bool:
-    """Whether every layer of the language model holds all keys and values of the past, as plain tensors."""
-    return not cache.offloading and layers_are(cache, (DynamicLayer, StaticLayer))
+    """Whether every layer of the language model that holds keys and values holds them all, as plain tensors."""
+    kinds = (DynamicLayer, StaticLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
+    return not cache.offloading and layers_are(cache, kinds)
 
 
 def layers_are(cache: Cache, kinds: tuple[type[CacheLayerMixin], ...]) -> bool:
@@ -331,9 +333,9 @@ def gather_slots(z: torch.Tensor, slots: torch.Tensor, dim: int = 1) -> torch.Te
 
 def reorder_slots(cache: Cache, slots: torch.Tensor, past: int) -> None:
     """Puts the T keys and values after the first `past` of every layer of the language model in the order `slots`
-    `[B, T]` of each row. These layers are plain ones (see `can_reorder`); those with a state have no order."""
+    `[B, T]` of each row. They are plain tensors (see `can_reorder`)."""
     for layer in cache.layers:
-        if type(layer) in (DynamicLayer, StaticLayer):
+        if isinstance(layer, (DynamicLayer, StaticLayer)):
             filled = slice(past, past + slots.shape[1])
             keys, values = (gather_slots(z[:, :, filled], slots, dim=2) for z in (layer.keys, layer.values))
             layer.keys, layer.values = put(layer.keys, keys, filled, dim=2), put(layer.values, values, filled, dim=2)

@@ -36,7 +36,9 @@ def find_decoder(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
     parts = {name: part for name, part in causal_lm.named_children() if isinstance(part, PreTrainedModel)}
     name, decoder = next(iter(parts.items()), ("", None))
     try:
-        plain = len(parts) == 1 and decoder.get_input_embeddings() is not None
+        plain = (
+            len(parts) == 1 and decoder.get_input_embeddings() is not None and hasattr(decoder.config, "hidden_size")
+        )
     except NotImplementedError:  # The decoder of an encoder-decoder model.
         plain = False
     if not plain:

@@ -8,7 +8,7 @@ import copy
 import inspect
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from transformers.utils import can_return_tuple, logging
 from .alignment import find_alignment, find_padding, first_of_sequence
 from .cache import (
     append,
+    can_reorder,
     can_scatter,
     keep_states,
     last_hidden_state_layer,
@@ -78,7 +79,7 @@ from .modeling_gateloop import (
     of_new_tokens,
     read_mask,
 )
-from .probe import PROBE_LENGTH, Probe, probe_recurrence
+from .probe import PROBE_LENGTH, Probe, probe_recurrence, steps_apart
 from .solvers import SOLVERS, Solution, State, groups, sequential
 
 logger = logging.get_logger(__name__)
@@ -704,6 +705,11 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         elif self.has_linear_attention and shape[1] > 1 and past_key_values is not None and attention_mask is not None:
             # States have read all that is behind them: there must be no padding after the tokens.
             alignment = find_padding(attention_mask, int(past_length(past_key_values)), shape[1], padding_first=True)
+            if alignment is not None and not can_reorder(past_key_values):
+                raise ValueError(
+                    f"{type(self.language_model).__name__} has layers with a state and layers with a window of the "
+                    f"past. With a cache, its padding must be on the left (tokenizer.padding_side='left')."
+                )
         if alignment is not None:
             if position_ids is None:
                 position_ids = default_position_ids(shape[1], attention_mask, past_key_values, inputs_embeds.device)
@@ -902,18 +908,23 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             self.probed[key] = self.probe_language_model(batch, torch.finfo(dtype).eps)
         return self.probed[key]
 
-    @torch.no_grad()
     def probe_language_model(self, batch: int, eps: float) -> Probe:
-        training = [(module, module.training) for module in self.language_model.modules()]
+        with evaluation_mode(self.language_model):
+            return probe_recurrence(*self.probe_text(batch), eps)
+
+    def steps_differ(self) -> bool:
+        """Whether the language model, by itself, steps with a cache to other states than it reads a text to."""
+        floor = max(self.probe(2).rounding_floor, torch.finfo(self.language_model.dtype).eps)
+        with evaluation_mode(self.language_model):
+            return steps_apart(*self.probe_text(2)) > 64 * floor
+
+    @torch.no_grad()
+    def probe_text(self, batch: int) -> tuple[Callable[[torch.Tensor], LanguageModelRecurrence], torch.Tensor]:
+        """The recurrence of a short text, from its embeddings, in which no state is read; and these, `[B, T, D]`."""
         ids = torch.linspace(0, self.config.vocab_size - 1, PROBE_LENGTH).long().to(self.batches_seen.device)
         ids = ids.expand(batch, -1)
         recurrence = partial(self.plain_recurrence, **self.inputs_of_tokens(ids, {}))
-        self.language_model.eval()
-        try:
-            return probe_recurrence(recurrence, self.get_input_embeddings()(ids), eps)
-        finally:
-            for module, mode in training:
-                module.training = mode
+        return recurrence, self.get_input_embeddings()(ids)
 
     def plain_recurrence(self, embeds: torch.Tensor, **kwargs) -> LanguageModelRecurrence:
         recurrence = LanguageModelRecurrence(self, embeds, None, None, None, **kwargs)
@@ -1080,11 +1091,18 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
         for kind in ["linear"] * linear + ["language_model"]:
             model = cls.around(backbone, feedback=feedback, **{"head": kind, **config})
             if torch.equal(probe_logits(model, num_passes=1), logits):
-                return model.train(backbone.training)
-        raise ValueError(
-            f"{type(backbone).__name__} computes other logits from embeddings than from tokens; feedback changes the "
-            f"embeddings, so it cannot be put around it."
-        )
+                break
+        else:
+            raise ValueError(
+                f"{type(backbone).__name__} computes other logits from embeddings than from tokens; feedback changes "
+                f"the embeddings, so it cannot be put around it."
+            )
+        if feedback is not None and model.model.steps_differ():
+            raise ValueError(
+                f"{type(backbone).__name__} steps with a cache to other states than it reads a text to. Feedback cannot "
+                f"be put around it: what is trained on texts would not be what generates."
+            )
+        return model.train(backbone.training)
 
     @classmethod
     def around(cls, backbone: PreTrainedModel, **config) -> "StatefulGPTForCausalLM":
@@ -1095,6 +1113,9 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
             model = cls(StatefulGPTConfig(text_config=backbone.config, attn_implementation=attention, **config))
         model.lm_head = backbone.get_output_embeddings() if model.config.head == "linear" else take_head(backbone)
         model.model.language_model = decoder
+        if model.lm_head is backbone.get_output_embeddings():
+            # What the configuration says, not every model does.
+            model.config.tie_word_embeddings = model.lm_head.weight is decoder.get_input_embeddings().weight
         model.model.read_arguments()
         model.model.batches_seen = torch.zeros((), dtype=torch.int64, device=backbone.device)
         if model.config.feedback is not None:

@@ -53,17 +53,37 @@ SIZES = {
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_layers": 2,
 }  # fmt: skip
 
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 SPECIAL: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"layer_group_size": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 2,
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 8, "linear_num_heads": 4,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
-    "xlstm": {"num_heads": 4},
-    "xlnet": {"d_model": 32, "d_inner": 48},
     "reformer": {"is_decoder": True},
-}
+    "zaya": {"num_experts_per_tok": 1},
+    "xlnet": {"d_model": 32, "d_inner": 48},
+    "xlstm": {"num_heads": 4, "chunk_size": 64},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4, "attention_head_dim": 16,
+        "attention_hidden_size": 64, "n_mamba_heads": 2,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "num_key_value_heads": 4,
+        "attention_head_dim": 16, "attention_hidden_size": 64, "n_mamba_heads": 4, "mamba_headdim": 16,
+    },
+}  # fmt: skip
 """Fields that follow from no general rule."""
 
 VARIANTS = ({}, {"num_key_value_heads": 4}, {"num_hidden_layers": 6}, {"num_key_value_heads": 1})
@@ -194,7 +214,8 @@ def try_out(model: StatefulGPTForCausalLM, backbone: AutoModelForCausalLM, row: 
         with TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             again = StatefulGPTForCausalLM.from_pretrained(folder).eval()
-        assert torch.equal(again(ids).logits, solved.logits), "other logits after loading"
+        # Kernels of experts are not the same twice, to the last bit.
+        assert torch.allclose(again(ids).logits, solved.logits, atol=1e-5), "other logits after loading"
     loss = model.train()(padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100)).loss
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -5,7 +5,7 @@ import torch
 from backbones import NO_DECODERS, check_all, small_model
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import LLAMA_LIKE, few, stateful
+from tiny import LLAMA_LIKE, few, stateful, tolerance
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -62,7 +63,7 @@ def ids(batch, length, seed=0):
 
 WINDOWED = {
     "windows": lambda: Gemma3TextConfig(**LLAMA_LIKE, head_dim=8, sliding_window=5, layer_types=TWO_TYPES),
-    "all windows": lambda: MixtralConfig(**LLAMA_LIKE, sliding_window=4, num_local_experts=2),
+    "all windows": lambda: MistralConfig(**LLAMA_LIKE, sliding_window=4),
 }
 TWO_TYPES = ["sliding_attention", "full_attention"]
 
@@ -75,7 +76,9 @@ TWO_TYPES = ["sliding_attention", "full_attention"]
     padding=st.integers(0, 4),
 )
 def test_windows_are_kept_in_groups_of_positions(name, attention, past, length, padding):
-    model = stateful(WINDOWED[name](), attn_implementation=attention, num_groups=3)
+    # In eager attention, which computes its softmax in fp32, the lowest number of fp64 is −∞.
+    dtype = torch.float64 if attention == "sdpa" else torch.float32
+    model = stateful(WINDOWED[name](), dtype, attn_implementation=attention, num_groups=3)
     padding = min(padding, past + length - 1)
     tokens, mask = ids(2, past + length), torch.ones(2, past + length, dtype=torch.long)
     mask[0, :padding] = 0
@@ -91,8 +94,8 @@ def test_windows_are_kept_in_groups_of_positions(name, attention, past, length, 
     solved, next_solved, stepped, next_stepped = results
     assert model.model.why_no_groups() is None
     real = mask[:, past:].bool()
-    torch.testing.assert_close(solved.logits[real], stepped.logits[real], atol=1e-8, rtol=1e-8)
-    torch.testing.assert_close(next_solved.logits, next_stepped.logits, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(solved.logits[real], stepped.logits[real], **tolerance(dtype))
+    torch.testing.assert_close(next_solved.logits, next_stepped.logits, **tolerance(dtype))
 
 
 # Layers with a state of their own
@@ -132,7 +135,7 @@ def test_padding_anywhere_leaves_the_states_of_a_hybrid_as_they_are(model_type):
 def mixture(**config) -> StatefulGPTForCausalLM:
     torch.manual_seed(0)
     backbone = MixtralConfig(**LLAMA_LIKE, num_local_experts=4, router_aux_loss_coef=0.5, sliding_window=None)
-    model = AutoModelForCausalLM.from_config(backbone).double()
+    model = AutoModelForCausalLM.from_config(backbone)
     return StatefulGPTForCausalLM.from_backbone(model, feedback="gated_add", **config)
 
 
@@ -140,11 +143,13 @@ def mixture(**config) -> StatefulGPTForCausalLM:
 def test_experts_are_balanced_by_the_loss_of_the_backbone(padding):
     model = mixture(num_passes=1, num_no_grad_passes=0).train()
     head = language_modeling.make_head(model.config.text_config)
-    backbone = AutoModelForCausalLM.from_config(model.config.text_config).double()
+    backbone = AutoModelForCausalLM.from_config(model.config.text_config)
     backbone.model, backbone.lm_head = model.model.language_model, model.lm_head.get_output_embeddings()
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :padding] = 0
-    inputs = {"input_ids": ids(2, 9), "attention_mask": mask, "labels": ids(2, 9).masked_fill(mask == 0, -100)}
+    labels = ids(2, 9).masked_fill(mask == 0, -100)
+    labels[0, padding] = -100  # What padding predicts is nobody's concern.
+    inputs = {"input_ids": ids(2, 9), "attention_mask": mask, "labels": labels}
     expected, got = backbone(**inputs, output_router_logits=True), model(**inputs, output_router_logits=True)
     torch.testing.assert_close(got.aux_loss, expected.aux_loss)
     torch.testing.assert_close(got.loss, expected.loss)
@@ -210,7 +215,7 @@ def test_made_from_its_configuration_a_model_is_of_the_type_that_the_decoder_say
     length=st.integers(2, 11),
     at_a_time=st.sampled_from([1, 150, 400]),
     counted=st.booleans(),
-    backbone=st.sampled_from(["llama", "gpt2"]),
+    backbone=st.sampled_from(["llama", "gateloop"]),
 )
 def test_a_loss_in_chunks_is_the_loss(batch, length, at_a_time, counted, backbone):
     model = stateful(backbone, num_passes=3).train()
