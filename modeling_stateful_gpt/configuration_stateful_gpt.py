@@ -195,7 +195,10 @@ class StatefulGPTConfig(PreTrainedConfig):
 
 def _read_through(name: str) -> property:
     def get(config: StatefulGPTConfig):
-        return getattr(config.text_config, name)
+        try:
+            return getattr(config.text_config, name)
+        except RuntimeError as error:  # It is another one in each layer.
+            raise AttributeError(f"text_config has no {name} of its own: {error}") from error
 
     def set_(config: StatefulGPTConfig, value):
         setattr(config.text_config, name, value)

@@ -847,6 +847,10 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             return sequential(recurrence)
         if self.has_linear_attention and recurrence.past > 0:
             # Not every such model can go on from its states by more than one token.
+            logger.warning_once(
+                f"{type(self.language_model).__name__} has layers with a state. More than one token after a cached "
+                f"text is stepped through, which takes longer."
+            )
             return sequential(recurrence)
         if num_passes is not None:
             given = [solver, self.config.training_solver, "jacobi"]
@@ -1099,8 +1103,8 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
             )
         if feedback is not None and model.model.steps_differ():
             raise ValueError(
-                f"{type(backbone).__name__} steps with a cache to other states than it reads a text to. Feedback cannot "
-                f"be put around it: what is trained on texts would not be what generates."
+                f"{type(backbone).__name__} steps with a cache to other states than it reads a text to. Feedback "
+                f"cannot be put around it: what is trained on texts would not be what generates."
             )
         return model.train(backbone.training)
 

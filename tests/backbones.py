@@ -35,7 +35,7 @@ SIZES = {
     "num_dense_layers": 1,
     # latent attention
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "qk_head_dim": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8,
+    "qk_head_dim": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 16,
     # linear attention and state spaces
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "linear_conv_kernel_dim": 4, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 64,
@@ -121,6 +121,7 @@ def small_model(model_type: str) -> AutoModelForCausalLM:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.05 * torch.randn_like(parameter))
+                model.get_input_embeddings().weight[SIZES["pad_token_id"]] = 0  # As some models load it.
                 model(input_ids=tokens())
             return model
         except Exception as error:
@@ -270,6 +271,8 @@ def write(rows: list[Row]) -> str:
         f"Of {len(built)} types of decoders, {works} work ({100 * works / max(len(built), 1):.0f} %).",
         "The solver is the one that the default, cyclic, comes down to: Jacobi takes more passes. The head is one "
         "linear layer, or the language model's own.",
+        "Attention by an index (DeepSeek-V3.2, GLM-5, …) was tried on texts that are no longer than what it keeps "
+        "(`index_topk`). On longer ones, the steps of these models by themselves differ from their pass.",
         "\n".join(head + [line(row) for row in built]),
     ]
     if unbuilt:

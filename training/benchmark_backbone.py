@@ -1,0 +1,163 @@
+"""What feedback around a trained model costs: prompts, decoded tokens, training steps and their memory.
+
+    python training/benchmark_backbone.py HuggingFaceTB/SmolLM2-135M-Instruct
+    python training/benchmark_backbone.py FOLDER --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --length 256
+    python training/benchmark_backbone.py --vocab_size 151936 --length 1024 --measure losses
+
+One JSON line per ratio to the plain model: the median, and the smallest and largest pair. Both sides run in turn in one
+process. `peak_mib` is how much more memory a step takes at its peak than the process held before (Linux). For `losses`
+a small random model with a large vocabulary makes a training step with one pass and with three. Close everything else.
+"""
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from benchmark import paired_ratio, reset_peak, resident
+from data import load_corpus
+from peft import LoraConfig, get_peft_model
+from train import RunError, run_command
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from modeling_stateful_gpt import StatefulGPTForCausalLM
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def peak(work: Callable[[], object]) -> int:
+    """MiB at the peak of `work` above what the process held before. It has run once before, so that all is there that
+    stays."""
+    work()
+    gc.collect()
+    reset_peak()
+    before = resident("VmRSS")
+    work()
+    return round(resident("VmHWM") - before)
+
+
+def with_feedback(plain: PreTrainedModel, **config) -> StatefulGPTForCausalLM:
+    """Its fusion is not zero any more, so that states matter."""
+    model = StatefulGPTForCausalLM.from_backbone(plain, **config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        weight = model.model.feedback.get_parameter("down.weight")
+        weight.add_(0.1 * torch.randn(weight.shape).to(weight) / weight.shape[1] ** 0.5)
+    return model
+
+
+def text(tokenizer, length: int) -> torch.Tensor:
+    """`[1, length]` of the default validation text."""
+    ids: list[int] = []
+    for document in load_corpus().validation:
+        ids += tokenizer(document)["input_ids"]
+        if len(ids) >= length:
+            return torch.tensor([ids[:length]])
+    raise RunError(f"The text has only {len(ids)} tokens; lower --length.")
+
+
+@torch.no_grad()
+def prompts(plain: PreTrainedModel, model: Any, ids: torch.Tensor, pairs: int) -> list[dict]:
+    reference = partial(plain.eval(), ids, use_cache=True, logits_to_keep=1)
+    model.eval()
+    lines = []
+    for mode in ("plain_prompt", "passes", "solved"):
+        read = partial(model, ids, use_cache=True, logits_to_keep=1, decode_mode=mode)
+        line = paired_ratio(read, reference, pairs, f"prompt of {ids.shape[1]} tokens, {mode}")
+        lines.append({**line, "passes": read().passes})
+    return lines
+
+
+@torch.no_grad()
+def decoding(plain: PreTrainedModel, model: StatefulGPTForCausalLM, ids: torch.Tensor, pairs: int) -> list[dict]:
+    """A token after the text; the cache grows by as many tokens on either side."""
+    steps = []
+    for one, how in ((model.eval(), {"decode_mode": "plain_prompt"}), (plain.eval(), {})):
+        cache = one(ids, use_cache=True, logits_to_keep=1, **how).past_key_values
+        steps.append(partial(one, ids[:, :1], past_key_values=cache, use_cache=True))
+    measured, reference = steps
+    return [paired_ratio(measured, reference, 8 * pairs, f"a decoded token after {ids.shape[1]}")]
+
+
+def training_step(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def training(plain: PreTrainedModel, model: StatefulGPTForCausalLM, ids: torch.Tensor, pairs: int) -> list[dict]:
+    """The default of training with all weights, with LoRA and with the fusion alone, against the plain model's step."""
+    reference = partial(training_step, plain, ids)
+    lines = [{"what": "training step, the plain model", "peak_mib": peak(reference)}]
+    every = list(model.parameters())
+    of_fusion = {id(p) for p in model.model.feedback.parameters()}
+    lora = LoraConfig(r=8, target_modules="all-linear", modules_to_save=["feedback"], task_type="CAUSAL_LM")
+    for name in ("all", "fusion only", "LoRA"):
+        trained = get_peft_model(model, lora) if name == "LoRA" else model
+        for parameter in every if name != "LoRA" else ():
+            parameter.requires_grad_(name == "all" or id(parameter) in of_fusion)
+        # The plain model shares its weights with the other, and is to train all of them.
+        step = partial(training_step, trained, ids)
+        memory = peak(step)
+        line = {} if name != "all" else paired_ratio(step, reference, pairs, "")
+        lines.append({**line, "what": f"training step of {ids.shape[1]} tokens, {name}", "peak_mib": memory})
+    return lines
+
+
+def losses(vocab_size: int, length: int) -> list[dict]:
+    """The peak of a step with the loss of three passes, against transformers' own with one."""
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=length,
+    )  # fmt: skip
+    plain, ids = LlamaForCausalLM(config), torch.randint(vocab_size, (1, length))
+    least = peak(partial(training_step, plain, ids))
+    lines: list[dict] = [{"what": "training step, one pass of the plain model", "peak_mib": least}]
+    for passes in (1, 3):
+        model = with_feedback(plain, num_passes=passes, num_no_grad_passes=0)
+        memory = peak(partial(training_step, model, ids))
+        ratio = round(memory / least, 3)
+        lines.append({"what": f"training step, the loss of {passes} passes", "peak_mib": memory, "ratio": ratio})
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="name or folder of a causal language model")
+    parser.add_argument("--gguf_file", help="the file in the folder, if the weights are in that format")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--train_length", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--vocab_size", type=int, default=151_936, help="of the model for the losses")
+    kinds = ["prompts", "decoding", "training", "losses"]
+    parser.add_argument("--measure", nargs="+", choices=kinds, default=kinds[:3])
+    arguments = parser.parse_args()
+    if min(arguments.length, arguments.train_length, arguments.pairs, arguments.vocab_size) < 2:
+        raise RunError("--length, --train_length, --pairs and --vocab_size must be at least 2.")
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), **vars(arguments)}))
+    if "losses" in arguments.measure:
+        for line in losses(arguments.vocab_size, arguments.length):
+            print(json.dumps(line), flush=True)
+    rest = [kind for kind in kinds[:3] if kind in arguments.measure]
+    if not rest:
+        return
+    if arguments.checkpoint is None:
+        raise RunError("Name a checkpoint: a causal language model, on the Hub or in a folder.")
+    how = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
+    plain = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=DTYPES[arguments.dtype], **how)
+    ids = text(AutoTokenizer.from_pretrained(arguments.checkpoint, **how), arguments.length)
+    model = with_feedback(plain)
+    for kind in rest:
+        given = ids[:, : arguments.train_length] if kind == "training" else ids
+        for line in {"prompts": prompts, "decoding": decoding, "training": training}[kind](
+            plain, model, given, arguments.pairs
+        ):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
