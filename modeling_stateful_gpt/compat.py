@@ -43,7 +43,6 @@ from transformers import (
     configuration_utils,
 )
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
@@ -100,7 +99,6 @@ __all__ = [
     "capture_outputs",
     "checkpointing",
     "create_mask",
-    "get_relative_import_files",
     "is_sharded",
     "maybe_autocast",
     "merge_with_config_defaults",
