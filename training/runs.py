@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from errors import RunError
 from filelock import FileLock, Timeout
 from records import flush, write_json
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
@@ -43,11 +45,15 @@ def read_object(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process, until it ends in whatever way.
+    """Holds the folder, which is made if it does not exist, for this process, until it ends in whatever way.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds it, or it cannot be made.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{error}; use another --output_dir.") from error
     try:
         with FileLock(folder / LOCK, timeout=0):
             yield
@@ -69,6 +75,14 @@ def tensors_checksum(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {z.dtype} {tuple(z.shape)}".encode())
         digest.update(z.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the files as which it is saved."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {file.name: checksum(file) for file in sorted(Path(folder).glob("*"))}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def seal(checkpoint: Path) -> None:
