@@ -21,12 +21,14 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from errors import Diverged, RunError, trying
 from evaluate import evaluate
 from peft import PeftModel
 from plot import draw
@@ -39,12 +41,12 @@ from train import (
     PRESETS,
     DataArguments,
     ModelArguments,
-    RunError,
     TrainArguments,
     TrainingData,
     check_folder,
     check_place,
     checked_model,
+    checked_trainer,
     load_model,
     load_tokenizer,
     parse,
@@ -55,15 +57,20 @@ from train import (
     warm_start,
 )
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
 )
+from warm_start import above
 
 from modeling_stateful_gpt import StatefulGPTForCausalLM
+from modeling_stateful_gpt.generation_gateloop import position_limit
 
 # Wide enough for the table where the output is not a terminal.
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -159,7 +166,7 @@ class WriteEvaluations(TrainerCallback):
 
 
 def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
-    """Returns the records of all runs, or None if interrupted."""
+    """Returns the records of all runs but those that diverged, or None if interrupted."""
     if arguments.max_eval_blocks < 1 or arguments.sample_tokens < 1 or not arguments.sample_prompt:
         raise RunError("--max_eval_blocks and --sample_tokens must be at least 1, and --sample_prompt not empty.")
     runs = plan(arguments, rest)
@@ -172,11 +179,21 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
     # Blocks, if any arm reads them.
     first = next((run for run in runs if run.data.context == "blocks"), runs[0])
     data = cache(lambda: prepare_data(first.data, runs[0].model.model_name_or_path))
-    check(runs, data)
+    check(runs, data, arguments)
     compared = []
+    diverged: set[Path] = set()
     for run in runs:
         console.rule(run.folder.name)
-        results = train(run.model, run.data, run.training, data, [WriteEvaluations(run, data)])
+        if source := source_of(run, diverged):
+            console.print(f"Left out: it goes on from {source.name}, which diverged.", markup=False)
+            diverged.add(run.folder)
+            continue
+        try:
+            results = train(run.model, run.data, run.training, data, [WriteEvaluations(run, data)])
+        except Diverged as error:
+            console.print(f"{run.arm!r}, seed {run.seed}, diverged: {error}", markup=False)
+            diverged.add(run.folder)
+            continue
         if results is None:
             return None
         results = {"arm": run.arm, **results, "max_eval_blocks": arguments.max_eval_blocks}
@@ -189,12 +206,12 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
     return compared
 
 
-def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
+def check(runs: list[Run], data: Callable[[], TrainingData], arguments: CompareArguments) -> None:
     """Says what is wrong with the last arm before hours are spent on the first.
 
     Raises:
-        RunError: a folder that holds something else; of what is not finished, a model that cannot be trained as
-            asked, an arm that goes on from one after it, or a checkpoint with another tokenizer than the first arm's.
+        RunError: a folder that holds something else; of what is not finished, a run that could not begin, an arm that
+            goes on from one after it, a checkpoint with another tokenizer than the first arm's, or too long a sample.
     """
     folders = {run.folder for run in runs}
     sources = {run.folder: source_of(run, folders) for run in runs}
@@ -207,6 +224,8 @@ def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
             raise RunError(f"{run.arm!r} goes on from {start}, which no arm before it leaves; change their order.")
         earlier.add(run.folder)
         if (run.folder / "results.json").exists():
+            with trying(f"{run.arm!r} is damaged"):
+                check_sample(AutoConfig.from_pretrained(run.folder), data().tokenizer, arguments)
             if run.folder in sources.values():
                 models[run.folder] = load_model(str(run.folder))
             continue
@@ -220,10 +239,30 @@ def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
             )
         try:
             model = checked_model(run.model, run.data, run.training, data().tokenizer, base)
+            check_sample(model.config, data().tokenizer, arguments)
+            check_beginning(run, data(), model, above(Path(arguments.output_dir).absolute().parent))
         except RunError as error:
             raise RunError(f"{run.arm!r}: {error}") from error
         if run.folder in sources.values():
             models[run.folder] = model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def check_beginning(run: Run, data: TrainingData, model: PreTrainedModel, disk: Path) -> None:
+    """Raises a RunError for a run that could not begin. `disk`: a folder that is where the run's will be."""
+    training = copy.copy(run.training)
+    with trying("use another --output_dir"), TemporaryDirectory(dir=disk) as training.output_dir:
+        checked_trainer(run.model, run.data, training, data, model)
+
+
+def check_sample(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, arguments: CompareArguments) -> None:
+    """Raises a RunError for a sample that is longer than the model can tell positions."""
+    limit = position_limit(config.get_text_config())
+    length = len(tokenizer(arguments.sample_prompt)["input_ids"]) + arguments.sample_tokens
+    if limit is not None and length > limit:
+        raise RunError(
+            f"the prompt and --sample_tokens are {length} tokens, more than the model's max_position_embeddings "
+            f"({limit}); lower --sample_tokens."
+        )
 
 
 def source_of(run: Run, folders: set[Path]) -> Path | None:
@@ -379,6 +418,19 @@ def main() -> None:
     if records is None:
         sys.exit(1)
     folder = Path(arguments.output_dir)
+    # Differences are between runs of the same seed, so that an arm lacks all seeds or none.
+    number = {arm: sum(record["arm"] == arm for record in records) for arm in arguments.arms}
+    whole = [arm for arm in arguments.arms if number[arm] == len(arguments.seeds)]
+    diverged = [arm for arm in arguments.arms if arm not in whole]
+    if whole:
+        show(replace(arguments, arms=whole), records, folder)
+    if diverged:
+        raise RunError(f"{', '.join(map(repr, diverged))} diverged, and cannot be compared; see above for the seeds.")
+
+
+def show(arguments: CompareArguments, records: list[dict], folder: Path) -> None:
+    """The table, the picture and the samples of the given arms."""
+    records = [record for record in records if record["arm"] in arguments.arms]
     show_table(arguments, records, folder / "comparison.md")
     runs = {arm: [record for record in records if record["arm"] == arm] for arm in arguments.arms}
     draw(runs, folder / "comparison.png")
