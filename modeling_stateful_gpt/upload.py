@@ -360,7 +360,8 @@ def contents(
     shown = {name for name, _ in re.findall(rf"\(({PICTURE})\)", card)} if by_hand else set()
     wanted = code(folder) | shown | {file.name for file in weights_and_index(folder)}
     files: dict[str, Path | bytes] = {}
-    for file in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+    templates = no_link(folder / "additional_chat_templates")
+    for file in sorted([*folder.glob("*"), *templates.glob("*")]):
         name = file.relative_to(folder).as_posix()
         if name in wanted or re.fullmatch(UPLOADED, name):
             files[name] = plain(file)
@@ -412,11 +413,16 @@ def weights_and_index(folder: Path) -> list[Path]:
     return [index, *sorted({folder / name for name in parts.values()})]
 
 
+def no_link(path: Path) -> Path:
+    """`path`; a ValueError if it is a link, which may lead to what was not meant to be published."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link to {path.readlink()}. Put the file itself there, or take it away.")
+    return path
+
+
 def plain(file: Path) -> Path:
-    """`file`; a ValueError if it is no plain file, or a link, which may lead to what was not meant to be published."""
-    if file.is_symlink():
-        raise ValueError(f"{file} is a link to {os.readlink(file)}. Put the file itself there, or take it away.")
-    if not file.is_file():
+    """`file`; a ValueError if it is a link, or no plain file."""
+    if not no_link(file).is_file():
         raise ValueError(f"{file} is no plain file. Take it away, or save the checkpoint again.")
     return file
 

@@ -298,6 +298,12 @@ def loop(folder):
     (folder / "vocab.json").symlink_to("vocab.json")
 
 
+def linked_templates(folder):
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere/secret.jinja").write_text("secret")
+    (folder / "additional_chat_templates").symlink_to(folder.parent / "elsewhere")
+
+
 def folder_in_place_of(name):
     def change(folder):
         (folder / name).unlink(missing_ok=True)
@@ -355,6 +361,7 @@ GENERATION, RESULTS = r"generation_config\.json", r"results\.json is damaged"
         (retyped(torch.complex64), "is torch.complex64, no weight"),
         (bad_beside_a_good_index, r"model\.safetensors is not finite"),
         (linked_within, r"vocab\.json is a link to credentials\.json"),
+        (linked_templates, r"additional_chat_templates is a link to .*elsewhere"),
         (loop, r"vocab\.json is a link to vocab\.json"),
         (lambda folder: link(folder, "run.json"), r"run\.json is a link to .*outside"),
         (folder_in_place_of("README.md"), r"README\.md is no plain file"),

@@ -20,7 +20,8 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -103,6 +104,15 @@ def run_folder(output_dir: str, arm: str, seed: int) -> Path:
     return Path(output_dir, f"{re.sub(r'[^A-Za-z0-9_.]+', '-', arm).strip('-')}-seed{seed}")
 
 
+@contextmanager
+def naming(arm: str) -> Iterator[None]:
+    """Says of which arm an error is."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{arm!r}: {error}") from error
+
+
 def plan(arguments: CompareArguments, rest: list[str]) -> list[Run]:
     """All runs, for each seed every arm in its turn. `rest` are the options of train.py for every arm.
 
@@ -131,10 +141,8 @@ def plan(arguments: CompareArguments, rest: list[str]) -> list[Run]:
             own = [o.replace("{seed}", str(seed)).replace("{output_dir}", arguments.output_dir) for o in own]
             folder = run_folder(arguments.output_dir, arm, seed)
             given = [*preset, "--seed", str(seed), "--output_dir", str(folder)]
-            try:
+            with naming(arm):
                 run = Run(arm, seed, folder, *parse([*rest, *own, *given]))
-            except RunError as error:
-                raise RunError(f"{arm!r}: {error}") from error
             if not preset and not run.model.model_name_or_path:
                 raise RunError(f"{arm!r} has no preset, nor does it go on from anything (--model_name_or_path).")
             # In the order of its start, what goes on would read again what that has just read.
@@ -224,25 +232,24 @@ def check(runs: list[Run], data: Callable[[], TrainingData], arguments: CompareA
             raise RunError(f"{run.arm!r} goes on from {start}, which no arm before it leaves; change their order.")
         earlier.add(run.folder)
         if (run.folder / "results.json").exists():
-            with trying(f"{run.arm!r} is damaged"):
+            with naming(run.arm), trying(f"{run.folder} is damaged"):
                 check_sample(AutoConfig.from_pretrained(run.folder), data().tokenizer, arguments)
             if run.folder in sources.values():
                 models[run.folder] = load_model(str(run.folder))
             continue
         # What an arm leaves has the tokenizer of all.
-        base = copy.deepcopy(models[source]) if source else load_model(start) if start else None
+        with naming(run.arm):
+            base = copy.deepcopy(models[source]) if source else load_model(start) if start else None
         other = start and not source and not run.data.tokenizer_name
         if other and load_tokenizer(start).get_vocab() != data().tokenizer.get_vocab():
             raise RunError(
                 f"{run.arm!r} goes on from {start}, which has another tokenizer than {runs[0].arm!r}. Let the first "
                 f"arm go on from it too, or name one for all arms (--tokenizer_name)."
             )
-        try:
+        with naming(run.arm):
             model = checked_model(run.model, run.data, run.training, data().tokenizer, base)
             check_sample(model.config, data().tokenizer, arguments)
             check_beginning(run, data(), model, above(Path(arguments.output_dir).absolute().parent))
-        except RunError as error:
-            raise RunError(f"{run.arm!r}: {error}") from error
         if run.folder in sources.values():
             models[run.folder] = model.merge_and_unload() if isinstance(model, PeftModel) else model
 

@@ -17,6 +17,7 @@ import torch
 from errors import RunError
 from filelock import FileLock, Timeout
 from records import flush, write_json
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
@@ -160,7 +161,7 @@ def saving(file: Path, size: int) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(file.parent).free
-        full = f"the disk is full: {free / 1e6:.1f} MB are free, and it takes about {size / 1e6:.1f} MB"
+        full = f"the disk is full: {decimal(free)} are free, and it takes about {decimal(size)}"
         why = (
             full if free < size or getattr(error, "errno", None) == errno.ENOSPC else f"{type(error).__name__}: {error}"
         )
