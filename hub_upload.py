@@ -11,9 +11,9 @@ loads that version.
 import argparse
 import ast
 import json
-import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import get_token
@@ -27,7 +27,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import modeling_stateful_gpt
-from modeling_stateful_gpt.upload import WEIGHTS, code, contents, plain, read_json, task_of, upload
+from modeling_stateful_gpt.configuration_stateful_gpt import DECODE_MODES, SOLVERS
+from modeling_stateful_gpt.ranges import COUNT, FRACTION, POSITIVE, PROBABILITY, SIZE, check_name, check_number
+from modeling_stateful_gpt.upload import check_tag, code, contents, read_json, read_text, task_of, upload, weight_files
 
 
 class UploadError(ValueError):
@@ -41,7 +43,7 @@ def check_checkpoint(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise UploadError(f"{folder} holds a PEFT adapter; PeftModel.from_pretrained(…).push_to_hub(…) publishes it.")
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = json.loads(read_text(folder / "config.json"))
         auto_class, _ = task_of(raw)
         name = raw["auto_map"][auto_class].split(".")[1]
         if raw["architectures"][0] not in (name, auto_class):  # The latter for `transformers serve`.
@@ -54,42 +56,37 @@ def check_checkpoint(folder: Path) -> None:
             f"{folder} is no checkpoint of this package: its config.json cannot be used "
             f"({type(error).__name__}: {error}). Save one with save_pretrained, or name an output folder of train.py."
         ) from error
-    try:
-        for file in sorted(folder / name for name in code(folder)):
-            text = file.read_text()
-            if not ast.parse(text, str(plain(file, folder))).body:
-                raise UploadError(f"{file} is empty. Save the checkpoint again with model.save_pretrained.")
-    except SyntaxError as error:
-        raise UploadError(f"{error.filename} is no Python ({error.msg}). Save the checkpoint again.") from error
-    except FileNotFoundError as error:
-        lacking = Path(error.filename).name
-        raise UploadError(f"{folder} lacks its code ({lacking}). Save it again with model.save_pretrained.") from error
+    for file in sorted(folder / name for name in code(folder)):
+        if not file.exists():
+            raise UploadError(f"{folder} lacks its code ({file.name}). Save it again with model.save_pretrained.")
+        if not ast.parse(read_text(file)).body:
+            raise UploadError(f"{file} is empty. Save the checkpoint again with model.save_pretrained.")
     if not (folder / SAFE_WEIGHTS_NAME).exists() and not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
         raise UploadError(
             f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which lists their "
             f"parts. Save it again with model.save_pretrained."
         )
 
-    shapes = {}
+    shapes, wanted = {}, expected.state_dict()
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 (it is not a dict)
                     tensor = weights.get_tensor(name)
                     shapes[name] = tuple(tensor.shape)
-                    if tensor.is_floating_point() and not tensor.isfinite().all():
+                    if name in wanted and tensor.is_floating_point() != wanted[name].is_floating_point():
+                        raise UploadError(f"{name} in {file} is {tensor.dtype}, no weight. Save the checkpoint again.")
+                    if not tensor.isfinite().all():
                         raise UploadError(f"{name} in {file} is not finite. Train it again, or upload another one.")
         except (SafetensorError, OSError) as error:
             raise UploadError(f"{file} is damaged, or missing ({error}). Save the checkpoint again.") from error
     tied = set(expected.all_tied_weights_keys)
-    if surplus := sorted(shapes.keys() - expected.state_dict().keys()):
+    if surplus := sorted(shapes.keys() - wanted.keys()):
         raise UploadError(
             f"{folder} has weights for which its config.json has no place: {', '.join(surplus[:3])}"
             f"{' …' if len(surplus) > 3 else ''}. They do not belong together; save the model again."
         )
-    lacking = [
-        name for name, z in expected.state_dict().items() if name not in tied and shapes.get(name) != tuple(z.shape)
-    ]
+    lacking = [name for name, z in wanted.items() if name not in tied and shapes.get(name) != tuple(z.shape)]
     if lacking:
         raise UploadError(
             f"{folder} has no weights (*.safetensors), or of other shapes, for {', '.join(lacking[:3])}"
@@ -97,15 +94,22 @@ def check_checkpoint(folder: Path) -> None:
             f"not saved completely; save it again with model.save_pretrained."
         )
     try:
-        AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise UploadError(
             f"{folder} has no tokenizer that loads ({type(error).__name__}). Save one into it with "
             f"tokenizer.save_pretrained({str(folder)!r})."
         ) from error
+    vocab_size = expected.config.get_text_config().vocab_size
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
+        raise UploadError(
+            f"The tokenizer in {folder} has a token {last}, the model only those up to {vocab_size - 1}. They do not "
+            f"belong together; save the model's own with tokenizer.save_pretrained({str(folder)!r})."
+        )
     if auto_class == "AutoModelForCausalLM":
         try:
             GenerationConfig.from_pretrained(folder)
+            check_generation(read_json(folder / "generation_config.json"), vocab_size)
         except Exception as error:
             raise UploadError(
                 f"{folder} has no generation_config.json that loads ({type(error).__name__}: {error}). Save it again "
@@ -113,14 +117,37 @@ def check_checkpoint(folder: Path) -> None:
             ) from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: the one, or those that an index names."""
-    if not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
-        return [folder / SAFE_WEIGHTS_NAME]
-    names = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
-    if not isinstance(names, dict) or not all(re.fullmatch(WEIGHTS, str(name)) for name in names.values()):
-        raise UploadError(f"{folder / SAFE_WEIGHTS_INDEX_NAME} is damaged. Save the checkpoint again.")
-    return sorted({folder / name for name in names.values()})
+GENERATION = {
+    "max_length": SIZE,
+    "max_new_tokens": SIZE,
+    "min_length": COUNT,
+    "min_new_tokens": COUNT,
+    "num_beams": SIZE,
+    "num_return_sequences": SIZE,
+    "top_k": COUNT,
+    "no_repeat_ngram_size": COUNT,
+    "num_passes": SIZE,
+    "temperature": POSITIVE,
+    "top_p": FRACTION,
+    "min_p": PROBABILITY,
+    "typical_p": FRACTION,
+    "repetition_penalty": POSITIVE,
+}
+"""Of the fields of a generation configuration, those with numbers, where they are given."""
+
+
+def check_generation(fields: dict[str, Any], vocab_size: int) -> None:
+    """Raises a ValueError for what `generate()` would refuse."""
+    for name, allowed in GENERATION.items():
+        if fields.get(name) is not None:
+            check_number(name, fields[name], allowed)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        tokens = fields.get(name)
+        for token in tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]:
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ValueError(f"{name} is {token!r}; the tokens are 0 … {vocab_size - 1}")
+    check_name("decode_mode", fields.get("decode_mode"), [*DECODE_MODES, None])
+    check_name("solver", fields.get("solver"), [*SOLVERS, None])
 
 
 def show(folder: Path, repo_id: str, tag: str | None) -> None:
@@ -143,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder, repo_id = options.checkpoint, options.repo_id
     try:
         validate_repo_id(repo_id)
+        check_tag(options.tag)
         if options.create_pr and options.tag:
             raise UploadError("A pull request gets no tag before it is merged; leave out --tag.")
         check_checkpoint(folder)

@@ -51,7 +51,6 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
     StaticLayer,
 )
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
@@ -112,7 +111,6 @@ __all__ = [
     "checkpointing",
     "create_mask",
     "create_masks",
-    "get_relative_import_files",
     "is_sharded",
     "maybe_autocast",
     "merge_with_config_defaults",

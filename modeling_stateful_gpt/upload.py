@@ -1,10 +1,12 @@
 """A checkpoint folder as a Hub repository: its model card, its licence, and the upload in one commit."""
 
+import ast
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,24 +26,25 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .compat import OLDEST, get_relative_import_files
+from .compat import OLDEST
 from .license import LICENSE
 
 logger = logging.get_logger(__name__)
 
 
-WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+PART = r"model-\d+-of-\d+\.safetensors"
+WEIGHTS = rf"model\.safetensors(\.index\.json)?|{PART}"
 TOKENIZER = r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|(merges|vocab)\.txt"
 TOKENIZER += (
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
 )
 RESULTS = r"evaluation\.json|results\.json|\.eval_results/.*"
 PICTURE = r"[^/]+\.(png|jpg|jpeg|svg)"
-UPLOADED = rf"config\.json|generation_config\.json|LICENSE|training_curve\.png|{WEIGHTS}|{TOKENIZER}|{RESULTS}"
-"""What a checkpoint consists of, but for its code and the pictures that its card shows. Not what is pickled, and not
-`run.json` and `trainer_state.json`, which name files of the machine on which the model was trained."""
+UPLOADED = rf"config\.json|generation_config\.json|LICENSE|training_curve\.png|{TOKENIZER}|{RESULTS}"
+"""What a checkpoint consists of, but for its weights, its code and the pictures that its card shows. Not what is
+pickled, and not `run.json` and `trainer_state.json`, which name files of the machine on which it was trained."""
 
 TASKS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
@@ -115,19 +118,51 @@ The code is under the Apache License 2.0 (`LICENSE`).
 """
 
 
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Names the file in which something else stands than what is looked for.
+
+    Raises:
+        ValueError: any error that this leads to.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SyntaxError) as error:
+        why = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} is damaged ({why}); mend it, or take it away.") from error
+
+
+def read_text(file: Path) -> str:
+    """What is in a text file; nothing if there is none.
+
+    Raises:
+        ValueError: it is no plain file, or no text in UTF-8.
+    """
+    if not os.path.lexists(file):
+        return ""
+    with reading(plain(file)):
+        return file.read_text(encoding="utf-8")
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """What is in a JSON file; nothing if there is none.
 
     Raises:
         ValueError: it is damaged, or something else than an object.
     """
-    try:
-        value = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); mend it, or take it away.") from error
+    text = read_text(file)
+    with reading(file):
+        value = json.loads(text) if os.path.lexists(file) else {}
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds {type(value).__name__}, no object; mend it, or take it away.")
     return value
+
+
+def finite(number: float) -> float:
+    """The number; a ValueError if it is none, or NaN, or infinite."""
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return number
 
 
 def task_of(config: dict[str, Any]) -> tuple[str, str]:
@@ -165,10 +200,13 @@ def base_model_of(config: dict[str, Any], run: dict[str, Any], name: str | None)
     return on_the_hub(name or run.get("model_name_or_path") or config.get("text_config", {}).get("_name_or_path"))
 
 
-def dataset_of(run: dict[str, Any], results: dict[str, Any]) -> str | None:
+def dataset_of(folder: Path) -> str | None:
     """The name on the Hub of the dataset. The report of the data has it, too, but of a folder only the last part."""
-    name = on_the_hub(run.get("dataset_name"))
-    return name if name == results.get("data", {}).get("source") else None
+    run, results = read_json(folder / "run.json"), read_json(folder / "results.json")
+    with reading(folder / "run.json"):
+        name = on_the_hub(run.get("dataset_name"))
+    with reading(folder / "results.json"):
+        return name if name == results.get("data", {}).get("source") else None
 
 
 def known_to(api: HfApi | None, base_model: str | None) -> tuple[str | None, str]:
@@ -197,10 +235,17 @@ def make_card(
     config, run = read_json(folder / "config.json"), read_json(folder / "run.json")
     results = read_json(folder / "results.json")
     auto_class, pipeline_tag = task_of(config)
-    base_model = base_model_of(config, run, name_or_path)
+    with reading(folder / "run.json"):
+        base_model = base_model_of(config, run, name_or_path)
+        # They may be paths; the Hub's names are in the metadata. And checksums.
+        hidden = ["text_file", "dataset_name", "model_name_or_path", "tokenizer_name"]
+        hidden += ["text", "tokenizer", "base_weights", "base_config"]
+        hidden += ["num_train_epochs"] if run.get("max_steps", 0) > 0 else []
     # A new version is not its own base.
     base_model, license_name = known_to(api, base_model if base_model != repo_id else None)
-    dataset = dataset_of(run, results)
+    dataset = dataset_of(folder)
+    with reading(folder / "results.json"):
+        data_table = {**results.get("data", {}), "tokens seen": results.get("tokens")} if results else {}
     decoder = config.get("text_config", config)
     model_fields = ("feedback", "feedback_source", "num_passes", "pass_probabilities", "solver", "tolerance")
     decoder_fields = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "dtype")
@@ -209,10 +254,6 @@ def make_card(
         **{name: config[name] for name in model_fields if config.get(name) is not None},
         **{name: decoder[name] for name in decoder_fields if decoder.get(name) is not None},
     }
-    data_table = {**results.get("data", {}), "tokens seen": results.get("tokens")} if results else {}
-    # They may be paths; the Hub's names are in the metadata.
-    hidden = ["text_file", "dataset_name", "model_name_or_path", "tokenizer_name"]
-    hidden += ["num_train_epochs"] if run.get("max_steps", 0) > 0 else []
     return ModelCard.from_template(
         ModelCardData(
             license=license_name,
@@ -236,29 +277,42 @@ def make_card(
             "Data": {key: value for key, value in data_table.items() if value is not None},
             "Training arguments": {k: v for k, v in run.items() if v not in (None, "{}", "") and k not in hidden},
         },
-        evaluation=read_json(folder / "evaluation.json") or evaluation_in_training(run, results),
+        evaluation=evaluation_afterwards(folder) or evaluation_in_training(folder),
         base_model=base_model,
         pictures=["training_curve.png"] if (folder / "training_curve.png").exists() else [],
     )
 
 
-def evaluation_in_training(run: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+def evaluation_afterwards(folder: Path) -> dict[str, Any]:
+    """What `evaluate.py` wrote, if it did."""
+    file = folder / "evaluation.json"
+    evaluation = read_json(file)
+    with reading(file):
+        for row in evaluation["results"].values() if evaluation else []:
+            for name in ("bits_per_byte", "perplexity"):
+                finite(row[name])
+        return {name: evaluation[name] for name in ("text", "block_size", "results")} if evaluation else {}
+
+
+def evaluation_in_training(folder: Path) -> dict[str, Any]:
     """That of the model that a run left, in the form of what `evaluate.py` writes."""
-    step = results.get("step", math.inf)
-    losses = [entry["eval_loss"] for entry in results.get("log", []) if entry["step"] <= step]
-    if not losses or "bytes_per_token" not in results.get("data", {}):
-        return {}
-    bits_per_byte = losses[-1] / math.log(2) / results["data"]["bytes_per_token"]
-    return {
-        "text": f"{results['eval_blocks']} blocks of text held out",
-        "block_size": run["block_size"],
-        "results": {"exact": {"bits_per_byte": bits_per_byte, "perplexity": math.exp(losses[-1])}},
-    }
+    run, results = read_json(folder / "run.json"), read_json(folder / "results.json")
+    with reading(folder / "results.json"):
+        step = results.get("step", math.inf)
+        losses = [finite(entry["eval_loss"]) for entry in results.get("log", []) if entry["step"] <= step]
+        if not losses or "bytes_per_token" not in results.get("data", {}) or "block_size" not in run:
+            return {}
+        bits_per_byte = finite(losses[-1] / math.log(2) / results["data"]["bytes_per_token"])
+        return {
+            "text": f"{results['eval_blocks']} blocks of text held out",
+            "block_size": run["block_size"],
+            "results": {"exact": {"bits_per_byte": bits_per_byte, "perplexity": math.exp(losses[-1])}},
+        }
 
 
 def count_parameters(folder: Path) -> int:
     count = 0
-    for file in (file for file in folder.glob("*.safetensors") if re.fullmatch(WEIGHTS, file.name)):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (it is not a dict)
                 tensor = weights.get_slice(name)
@@ -269,8 +323,7 @@ def count_parameters(folder: Path) -> int:
 
 def eval_results(folder: Path) -> dict[str, bytes]:
     """The evaluation in the Hub's format, which is for data of the Hub: in training, of its validation part."""
-    run, results = read_json(folder / "run.json"), read_json(folder / "results.json")
-    evaluation, dataset = evaluation_in_training(run, results), dataset_of(run, results)
+    run, evaluation, dataset = read_json(folder / "run.json"), evaluation_in_training(folder), dataset_of(folder)
     if not dataset or not evaluation:
         return {}
     entry = EvalResultEntry(
@@ -300,21 +353,22 @@ def contents(
     the folder or its bytes.
 
     Raises:
-        ValueError: a file of a checkpoint is a link to somewhere else, or no plain file.
+        ValueError: a file of a checkpoint is a link, no plain file, or damaged.
     """
-    card = folder / "README.md"
-    by_hand = card.exists() and is_written_by_hand(card.read_text(errors="replace"))
-    shown = set(re.findall(rf"\(({PICTURE})\)", card.read_text(errors="replace"))) if by_hand else set()
-    wanted = code(folder) | {name for name, _ in shown}
+    card = read_text(folder / "README.md")
+    by_hand = bool(card) and is_written_by_hand(card)
+    shown = {name for name, _ in re.findall(rf"\(({PICTURE})\)", card)} if by_hand else set()
+    wanted = code(folder) | shown | {file.name for file in weights_and_index(folder)}
     files: dict[str, Path | bytes] = {}
-    for file in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+    templates = no_link(folder / "additional_chat_templates")
+    for file in sorted([*folder.glob("*"), *templates.glob("*")]):
         name = file.relative_to(folder).as_posix()
         if name in wanted or re.fullmatch(UPLOADED, name):
-            files[name] = plain(file, folder)
+            files[name] = plain(file)
     files.setdefault("LICENSE", LICENSE.encode())
     files |= eval_results(folder)
     if by_hand:
-        files["README.md"] = plain(card, folder)
+        files["README.md"] = folder / "README.md"
     else:
         files["README.md"] = str(make_card(folder, repo_id, revision, tags, name_or_path, api, present)).encode()
     return files
@@ -322,21 +376,61 @@ def contents(
 
 def code(folder: Path) -> set[str]:
     """The files of code that a checkpoint's Auto classes need."""
-    modules = {reference.split(".")[0] for reference in read_json(folder / "config.json").get("auto_map", {}).values()}
-    roots = [folder / f"{module}.py" for module in sorted(modules)]
-    needed = [Path(file) for root in roots if root.exists() for file in get_relative_import_files(root)]
-    return {file.name for file in [*roots, *needed]}
+    auto_map = read_json(folder / "config.json").get("auto_map", {})
+    with reading(folder / "config.json"):
+        # A tokenizer has two classes, one of which may be None.
+        entries = [entry for value in auto_map.values() for entry in (value if isinstance(value, list) else [value])]
+        modules = [entry.split(".")[0] for entry in entries if entry is not None]
+    found: set[str] = set()
+    while modules:
+        name = f"{modules.pop()}.py"
+        if name not in found:
+            found.add(name)
+            modules += relative_imports(folder / name)
+    return found
 
 
-def plain(file: Path, folder: Path) -> Path:
-    """`file`; a ValueError if it is anything else than a file of this folder."""
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"{file} is a link to {file.resolve()}, outside of the folder. Put the file itself there, or take it away."
-        )
-    if not file.is_file():
+def relative_imports(file: Path) -> list[str]:
+    """The modules beside a file of code that it imports; none if there is no such file."""
+    text = read_text(file)
+    with reading(file):
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return [node.module for node in nodes if node.module]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: the one, which `from_pretrained` prefers, or those that an index names."""
+    return [file for file in weights_and_index(folder) if file.name != SAFE_WEIGHTS_INDEX_NAME]
+
+
+def weights_and_index(folder: Path) -> list[Path]:
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).exists() or not index.exists():
+        return [folder / SAFE_WEIGHTS_NAME]
+    parts = read_json(index).get("weight_map")
+    if not isinstance(parts, dict) or not all(re.fullmatch(PART, str(name)) for name in parts.values()):
+        raise ValueError(f"{index} is damaged. Save the checkpoint again.")
+    return [index, *sorted({folder / name for name in parts.values()})]
+
+
+def no_link(path: Path) -> Path:
+    """`path`; a ValueError if it is a link, which may lead to what was not meant to be published."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link to {path.readlink()}. Put the file itself there, or take it away.")
+    return path
+
+
+def plain(file: Path) -> Path:
+    """`file`; a ValueError if it is a link, or no plain file."""
+    if not no_link(file).is_file():
         raise ValueError(f"{file} is no plain file. Take it away, or save the checkpoint again.")
     return file
+
+
+def check_tag(tag: str | None) -> None:
+    """Raises a ValueError for what git takes for no tag."""
+    if tag is not None and not re.fullmatch(r"\w+([./-]+\w+)*", tag):
+        raise ValueError(f"{tag!r} is no name of a tag; use letters, digits, '.', '_' and '-'.")
 
 
 def next_version(tags: list[str]) -> str:
@@ -377,6 +471,7 @@ def upload(
         HfHubHTTPError: the Hub refuses.
         RuntimeError: a large file did not arrive.
     """
+    check_tag(tag)
     folder, api = Path(folder), HfApi(token=token)
     validate_repo_id(repo_id)
     if "/" not in repo_id:

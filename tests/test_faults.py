@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from errors import RunError
+from errors import Diverged, RunError
 from fresh import Interpreter
-from runs import CHECKSUMS, LOCK, fault, locked, saving
+from runs import CHECKSUMS, LOCK, fault, is_empty, locked, saving
 from safetensors.torch import load_file, save_file
 from state_tracking import main as state_tracking_main
 from test_training import TRAINING, options, plain_run, text_files  # noqa: F401
 from tiny import few
-from train import parse, train
+from train import parse, settings_of, spent, train
 from transformers import TrainerCallback
 from unbounded import CONTEXTS
 
@@ -46,6 +46,17 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_at_its_step(more, t
     assert not (tmp_path / "run/results.json").exists()
     for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
         assert all(z.isfinite().all() for z in weights(checkpoint).values())
+
+
+LAST = ["--learning_rate=1e39", *WILD[1:], "--max_steps=1", "--weight_decay=0"]
+
+
+@pytest.mark.parametrize("more", few([["--preset=gpt"], [], ["--preset=gateloop", "--context=unbounded"]], [[]]))
+def test_the_last_update_is_looked_at_too(more, text_files, tmp_path):  # noqa: F811
+    arguments = options(text_files, tmp_path, *LAST, "--save_strategy=no", "--eval_strategy=no", *more)
+    with pytest.raises(Diverged, match=r"The update of step 1 is not finite.*use another --output_dir"):
+        train(*parse(arguments))
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "model.safetensors").exists()
 
 
 class Poison(TrainerCallback):
@@ -80,11 +91,13 @@ def test_a_base_that_is_no_number_is_refused_by_its_weights(text_files, plain_ru
     assert not (tmp_path / "run").exists()
 
 
-def test_state_tracking_stops_too(tmp_path, monkeypatch):
-    given = ["--max_steps=6", "--models", "gpt", "--test_lengths", "12", "--hidden_size=16", "--use_cpu=true"]
-    monkeypatch.setattr(sys, "argv", ["state_tracking.py", *given, *WILD, f"--output_dir={tmp_path / 'runs'}"])
-    with pytest.raises(RunError, match=r"of step [1-3] is not finite"):
+@pytest.mark.parametrize("wild", [["--max_steps=6", *WILD], LAST])
+def test_state_tracking_stops_too(wild, tmp_path, monkeypatch):
+    given = ["--models", "gpt", "--test_lengths", "12", "--hidden_size=16", "--use_cpu=true"]
+    monkeypatch.setattr(sys, "argv", ["state_tracking.py", *given, *wild, f"--output_dir={tmp_path / 'runs'}"])
+    with pytest.raises(Diverged, match=r"of step [1-3] is not finite"):
         state_tracking_main()
+    assert not (tmp_path / "runs/runs.jsonl").exists()
 
 
 # Kills
@@ -185,6 +198,31 @@ def test_killed_at_any_change_of_a_file_a_run_resumes_to_the_same_weights(kind, 
             assert train(*parse(arguments(name))) is not None
             assert same(weights(tmp_path / name), weights(tmp_path / "whole"))
             shutil.rmtree(tmp_path / name)
+
+
+def killed(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["unbounded", "warm start"])
+def test_before_it_has_begun_a_killed_command_leaves_an_empty_folder(kind, text_files, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("train.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(*parse(options(text_files, tmp_path, *KINDS_OF_RUN[kind])))
+    assert is_empty(tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("3260 requested and 2048 written")])
+def test_documents_are_written_when_the_run_is_noted(error, text_files, tmp_path, monkeypatch):  # noqa: F811
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("unbounded.Documents.parts", fail)
+    full = pytest.raises(RunError, match=r"documents\.int32 could not be saved \(OSError: 3260 requested")
+    with full if isinstance(error, OSError) else pytest.raises(KeyboardInterrupt):
+        train(*parse(options(text_files, tmp_path / "run", *KINDS_OF_RUN["unbounded"])))
+    # What is killed goes on; what fails leaves the place to other settings.
+    assert (tmp_path / "run/run.json").exists() != isinstance(error, OSError)
 
 
 def test_what_a_killed_command_left_before_it_began_is_no_obstacle(text_files, tmp_path):  # noqa: F811
@@ -296,9 +334,6 @@ def test_killed_while_it_finishes_a_run_with_patience_and_states_goes_on(text_fi
     given = [a for a in options(text_files, tmp_path, *KINDS_OF_RUN["patience"]) if "max_train" not in a]
     given += ["--preset=warm_start", "--random_offsets=true", "--max_train_bytes=1200", "--patience=2"]
 
-    def killed(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr("train.draw", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -359,6 +394,12 @@ def test_a_folder_is_for_one_command_at_a_time(text_files, tmp_path):  # noqa: F
     assert not (tmp_path / "run" / LOCK).exists()
 
 
+def test_state_tracking_has_its_folder_for_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["state_tracking.py", "--models", "gpt", "--output_dir", str(tmp_path)])
+    with locked(tmp_path), pytest.raises(RunError, match="Another command is training in"):
+        state_tracking_main()
+
+
 def test_a_run_is_of_one_text_and_one_base(text_files, plain_run, tmp_path):  # noqa: F811
     text, base = tmp_path / "text.txt", tmp_path / "base"
     shutil.copy(text_files[0], text)
@@ -372,9 +413,42 @@ def test_a_run_is_of_one_text_and_one_base(text_files, plain_run, tmp_path):  # 
     with pytest.raises(RunError, match="a run of another text: what was read for it has changed"):
         train(*parse(arguments))
     shutil.copy(text_files[0], text)
+    for name, field, value, what in (
+        ("config.json", "rms_norm_eps", 0.1, "base config"),
+        ("tokenizer.json", "normalizer", {"type": "Lowercase"}, "tokenizer"),
+    ):
+        content = (base / name).read_text()
+        (base / name).write_text(json.dumps({**json.loads(content), field: value}))
+        with pytest.raises(RunError, match=f"a run of another {what}:"):
+            train(*parse(arguments))
+        (base / name).write_text(content)
     state = weights(base)
     state["model.norm.weight"][0] += 1
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunError, match="a run of another base weights"):
         train(*parse(arguments))
     assert json.loads((tmp_path / "run/run.json").read_text())["text"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--neftune_noise_alpha=5",
+        "--train_sampling_strategy=sequential",
+        '--accelerator_config={"split_batches": true}',
+        "--dataloader_drop_last=true",
+        "--optim_target_modules=all-linear",
+    ],
+)
+def test_what_decides_the_result_is_noted(option, text_files, tmp_path):  # noqa: F811
+    without, given = (settings_of(*parse(options(text_files, tmp_path, *more))) for more in ([], [option]))
+    assert without != given
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "", "null", '{"tokens": NaN, "seconds": 1}', '{"tokens": "x", "seconds": 1}']
+)
+def test_what_a_base_has_cost_is_said_or_its_file_is_named(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(RunError, match=r"results\.json does not say how many tokens and seconds were spent"):
+        spent(str(tmp_path))

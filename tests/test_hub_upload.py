@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -181,12 +182,16 @@ def without(name):
     return lambda folder: (folder / name).unlink()
 
 
-def change_config(**fields):
+def change_json(name, **fields):
     def change(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+        before = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps({**before, **fields}))
 
     return change
+
+
+def change_config(**fields):
+    return change_json("config.json", **fields)
 
 
 def cut_weights(folder):
@@ -242,10 +247,10 @@ def link(folder, name):
         (poison_weights, r"in .*model\.safetensors is not finite"),
         (name_an_absent_part, "damaged, or missing"),
         (name_a_part_elsewhere, "index.json is damaged"),
-        (lambda folder: (folder / "cache.py").write_text("def cut("), r"cache\.py is no Python"),
+        (lambda folder: (folder / "cache.py").write_text("def cut("), r"cache\.py is damaged \("),
         (lambda folder: (folder / "cache.py").write_text(""), r"cache\.py is empty"),
-        (lambda folder: link(folder, "vocab.json"), r"vocab\.json is a link to .*outside of the folder"),
-        (lambda folder: link(folder, "feedback.py"), r"feedback\.py is a link to .*outside of the folder"),
+        (lambda folder: link(folder, "vocab.json"), r"vocab\.json is a link to .*outside"),
+        (lambda folder: link(folder, "feedback.py"), r"feedback\.py is a link to .*outside"),
         (lambda folder: (folder / "vocab.json").mkdir(), r"vocab\.json is no plain file"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "PEFT adapter"),
         (shutil.rmtree, "There is no folder"),
@@ -257,6 +262,142 @@ def test_an_incomplete_checkpoint_is_refused(damage, message, hub, checkpoint):
         with pytest.raises(SystemExit, match=message):
             hub_upload.main([str(checkpoint), "me/mine", *options])
     assert hub.repos == {}
+
+
+def generation(**fields):
+    return change_json("generation_config.json", **fields)
+
+
+def evaluated(**fields):
+    row = {"bits_per_byte": 1.0, "perplexity": 2.0}
+    return change_json("evaluation.json", **{"text": "A", "block_size": 8, "results": {"exact": row}, **fields})
+
+
+def results(**fields):
+    return change_json("results.json", **fields)
+
+
+def log(value):
+    return results(log=[{"step": 0, "eval_loss": value}], step=3)
+
+
+def retyped(dtype):
+    def change(folder):
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: z.to(dtype) for name, z in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def linked_within(folder):
+    (folder / "credentials.json").write_text("secret")
+    (folder / "vocab.json").symlink_to("credentials.json")
+
+
+def loop(folder):
+    (folder / "vocab.json").symlink_to("vocab.json")
+
+
+def linked_templates(folder):
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere/secret.jinja").write_text("secret")
+    (folder / "additional_chat_templates").symlink_to(folder.parent / "elsewhere")
+
+
+def folder_in_place_of(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return change
+
+
+def bad_beside_a_good_index(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    parts = dict.fromkeys(weights, "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    poison_weights(folder)
+
+
+def longer_tokenizer(folder):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(folder)
+
+
+GENERATION, RESULTS = r"generation_config\.json", r"results\.json is damaged"
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (generation(num_beams="abc"), f"{GENERATION}.*num_beams is 'abc'"),
+        (generation(max_length="x"), f"{GENERATION}.*max_length is 'x'"),
+        (generation(eos_token_id="x"), f"{GENERATION}.*eos_token_id is 'x'"),
+        (generation(eos_token_id=[1, 99999]), f"{GENERATION}.*eos_token_id is 99999"),
+        (generation(decode_mode="foo"), f"{GENERATION}.*'foo' does not exist"),
+        (generation(temperature=-1), f"{GENERATION}.*temperature is -1"),
+        (generation(temperature=math.nan, do_sample=True), f"{GENERATION}.*temperature is nan"),
+        (results(log=5), RESULTS),
+        (results(log=[5]), RESULTS),
+        (results(log=[{}]), RESULTS),
+        (results(data=[]), RESULTS),
+        (results(data={"bytes_per_token": 0}), RESULTS),
+        (results(step="x"), RESULTS),
+        (lambda folder: (folder / "results.json").write_text('{"log": [{"step": 1, "eval_loss": 1}], '
+                                                             '"data": {"bytes_per_token": 1}}'), RESULTS),
+        (log(None), RESULTS),
+        (log(1e9), RESULTS),
+        (log(math.nan), RESULTS),
+        (change_json("run.json", max_steps="x"), r"run\.json is damaged"),
+        (lambda folder: (folder / "evaluation.json").write_text('{"a": 1}'), r"evaluation\.json is damaged"),
+        (evaluated(results=[]), r"evaluation\.json is damaged"),
+        (evaluated(results={"1": {"perplexity": 1}}), r"evaluation\.json is damaged"),
+        (evaluated(results={"1": {"perplexity": 1, "bits_per_byte": math.nan}}), r"evaluation\.json is damaged"),
+        (longer_tokenizer, "has a token 258, the model only those up to 257"),
+        (retyped(torch.int32), "is torch.int32, no weight"),
+        (retyped(torch.complex64), "is torch.complex64, no weight"),
+        (bad_beside_a_good_index, r"model\.safetensors is not finite"),
+        (linked_within, r"vocab\.json is a link to credentials\.json"),
+        (linked_templates, r"additional_chat_templates is a link to .*elsewhere"),
+        (loop, r"vocab\.json is a link to vocab\.json"),
+        (lambda folder: link(folder, "run.json"), r"run\.json is a link to .*outside"),
+        (folder_in_place_of("README.md"), r"README\.md is no plain file"),
+        (folder_in_place_of("run.json"), r"run\.json is no plain file"),
+        (lambda folder: (folder / "cache.py").write_bytes("# é".encode("latin-1")), r"cache\.py is damaged"),
+        (lambda folder: (folder / "cache.py").write_bytes(b"a = 1\0"), r"cache\.py is damaged"),
+    ],
+)  # fmt: skip
+def test_what_does_not_load_or_says_nothing_is_refused_by_name(damage, message, checkpoint):
+    damage(checkpoint)
+    with pytest.raises(SystemExit, match=message):
+        hub_upload.main([str(checkpoint), "me/mine", "--dry-run"])
+
+
+def test_a_tag_that_git_would_refuse_is_refused(checkpoint):
+    with pytest.raises(SystemExit, match="'a b' is no name of a tag"):
+        hub_upload.main([str(checkpoint), "me/mine", "--dry-run", "--tag", "a b"])
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_the_card_does_without_the_notes_of_the_run(content, checkpoint):
+    (checkpoint / "run.json").unlink()
+    if content is not None:
+        (checkpoint / "run.json").write_text(content)
+    change_config(auto_map={**json.loads((checkpoint / "config.json").read_text())["auto_map"],
+                            "AutoTokenizer": ["configuration_stateful_gpt.X", None]})(checkpoint)  # fmt: skip
+    text = str(make_card(checkpoint, "me/mine", None))
+    assert "## Evaluation" not in text and "| parameters |" in text
+    assert "configuration_stateful_gpt.py" in contents(checkpoint, "me/mine", None)
+
+
+def test_a_part_that_the_index_does_not_name_is_not_uploaded(checkpoint):
+    (checkpoint / "model-00001-of-00001.safetensors").write_bytes(b"left over")
+    (checkpoint / "model.safetensors.index.json").write_text("{")
+    listed = contents(checkpoint, "me/mine", None)
+    assert {name for name in listed if "safetensors" in name} == {"model.safetensors"}
 
 
 def test_what_the_hub_would_refuse_is_refused_with_advice(hub, checkpoint, monkeypatch):

@@ -287,7 +287,7 @@ def test_a_warm_start_visits_its_sequences_in_whole_batches(steps, size, epochs,
 
     monkeypatch.setattr(state_tracking, "RevisitedSequences", Made)
     (record,) = command("--models", "warm_start", f"--max_steps={steps}")
-    assert made == [(size, epochs)] and record["settings"]["max_steps"] == steps
+    assert set(made) == {(size, epochs)} and record["settings"]["max_steps"] == steps
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -428,5 +428,14 @@ def test_other_settings_and_unknown_names_are_refused(command):
         command("--models", "gpt", "--save_strategy=steps")
     with pytest.raises(RunError, match="too few for the pattern gateloop, full_attention: there would be no full"):
         command("--models", "gpt", "hybrid")
+    for option, message in (
+        ("--report_to=foo", "--report_to: foo is not supported"),
+        ("--optim_args=foo", "--optim_args has 'foo'"),
+        ("--lr_scheduler_type=warmup_stable_decay", "--lr_scheduler_type and --lr_scheduler_kwargs: "),
+        ("--dataloader_prefetch_factor=0", "--dataloader_prefetch_factor is 0"),
+        ("--output_dir=/proc/foo", "use another --output_dir"),
+    ):
+        with pytest.raises(RunError, match=message):
+            command("--models", "lstm", option)
     with pytest.raises(RunError, match="no model 'rnn'"):
         command("--models", "rnn")

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -542,9 +543,15 @@ def test_a_comparison_says_which_arm_cannot_be_trained_and_where_it_cannot_be_wr
         ("stateful", Path("/dev/null"), "is a file or lies below one"),
         ("stateful", tmp_path / "file", "is a file or lies below one; use another --output_dir"),
         ("stateful", tmp_path / "file/x", "is a file or lies below one; use another --output_dir"),
+        ("gpt --report_to foo", tmp_path / "x", "'gpt --report_to foo': --report_to: foo is not supported"),
+        ("gpt --lr_scheduler_type warmup_stable_decay", tmp_path / "x", "decay': --lr_scheduler_type"),
+        ("stateful --dataloader_drop_last=true --per_device_train_batch_size=9999", tmp_path / "x", "no whole batch"),
+        ("gpt --sample_tokens=9999", tmp_path / "x", "'gpt': the prompt and --sample_tokens are 10003 tokens"),
     ):
+        arm, *more = arm.split(" --sample")
         with pytest.raises(RunError, match=message):
-            compare(*parse_comparison(["--arms", "gpt", arm, *options(text_files, folder)]))
+            arms = ["--arms", "gpt", arm] if not more else ["--arms", arm, f"--sample{more[0]}"]
+            compare(*parse_comparison([*arms, *options(text_files, folder)]))
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
     with pytest.raises(DataError, match=r"The validation text: The text has \d+ tokens, less than one block"):
         train(*parse(options(text_files[:1], tmp_path / "x", "--validation_fraction=0.001", "--block_size=500")))
@@ -711,6 +718,19 @@ def test_an_arm_that_diverged_has_no_sample(capsys):
     assert capsys.readouterr().out == "No sample of gpt: it diverged.\n"
 
 
+def test_the_other_arms_are_compared_when_one_has_diverged(text_files, tmp_path, monkeypatch, capsys):
+    wild = "token_shift --learning_rate=1e39 --max_grad_norm=0 --warmup_steps=0 --weight_decay=0"
+    follows = "--model_name_or_path {output_dir}/" + run_folder("", wild, 0).name
+    more = ["--max_steps=1", "--eval_strategy=no", "--sample_tokens=2", "--max_eval_blocks=1"]
+    given = ["--arms", wild, follows, "gpt", *options(text_files, tmp_path / "all"), *more]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *given])
+    with pytest.raises(RunError, match=r"^'token_shift .*', '--model_name_or_path .*' diverged, and cannot"):
+        compare_main()
+    assert f"{wild!r}, seed 0, diverged: The update of step 1" in " ".join(capsys.readouterr().out.split())
+    table = (tmp_path / "all/comparison.md").read_text()
+    assert "| gpt |" in table and "token_shift" not in table
+
+
 def test_what_an_arm_went_on_from_is_in_its_seconds_as_it_was():
     def entry(step, seconds, bits):
         return {"step": step, "tokens": 1000 + 100 * step, "train_seconds": seconds, "eval_loss": bits * math.log(2)}
@@ -856,7 +876,7 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     )
     refused(text_files, tmp_path, "--adam_beta1=1.5", message="adam_beta1 is 1.5; it must be less than 1")
     refused(text_files, tmp_path, "--adam_epsilon=-1", message="adam_epsilon is -1.0")
-    refused(text_files, tmp_path, "--dropout=nan", message="attention_dropout is nan")
+    refused(text_files, tmp_path, "--dropout=nan", message="--dropout is nan; it must be finite")
     refused(text_files, tmp_path, "--stateful_config=[]", message="--stateful_config is not JSON of the form")
     refused(text_files, tmp_path, "--save_total_limit=-1", message="--save_total_limit is -1")
     refused(text_files, tmp_path, "--progress_seconds=nan", message="--progress_seconds is nan")
@@ -873,6 +893,62 @@ def test_bad_options_are_refused_and_nothing_is_written(text_files, tmp_path):
     refused(text_files, tmp_path, "--dataloader_drop_last", "--per_device_train_batch_size=9999",
             message="gives no whole batch")  # fmt: skip
     refused(text_files, tmp_path, "--patience=1", "--eval_strategy=no", message="there must be evaluations")
+
+
+@pytest.mark.parametrize(
+    "option,message",
+    [
+        ("--save_only_model=true", "save_only_model True: no run can go on"),
+        ("--ignore_data_skip=true", "ignore_data_skip True: a run that goes on would"),
+        ("--auto_find_batch_size=true", "auto_find_batch_size True: the batch size decides"),
+        ("--restore_callback_states_from_checkpoint=false", "a run that goes on would not know"),
+        ("--train_sampling_strategy=group_by_length", "train_sampling_strategy group_by_length: a run"),
+        ("--optim_args=foo", "optim_args has 'foo'; its parts have the form name=value"),
+        ("--neftune_noise_alpha=nan", "neftune_noise_alpha is nan"),
+        ("--neftune_noise_alpha=-1", "neftune_noise_alpha is -1"),
+        ("--dataloader_prefetch_factor=0", "dataloader_prefetch_factor is 0; it must be at least 1"),
+        ("--eval_delay=nan", "eval_delay is nan"),
+        ("--logging_steps=nan", "logging_steps is nan"),
+        ("--save_steps=nan", "save_steps is nan; it must be more than 0"),
+        ("--save_steps=0", "save_steps is 0.0; it must be more than 0"),
+        ("--save_steps=-1", "save_steps is -1.0; it must be more than 0"),
+        ('--accelerator_config={"foo": 1}', "AcceleratorConfig.* unexpected keyword argument 'foo'"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_by_name(option, message, text_files, tmp_path):
+    with pytest.raises(RunError, match=message):
+        parse(options(text_files, tmp_path, option))
+
+
+SCHEDULE = "--lr_scheduler_type and --lr_scheduler_kwargs: "
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        (["--lr_scheduler_type=warmup_stable_decay"], SCHEDULE + ".*num_decay_steps"),
+        (["--lr_scheduler_type=polynomial", '--lr_scheduler_kwargs={"lr_end": 1}'], SCHEDULE + ".*lr_end"),
+        (["--lr_scheduler_type=cosine_with_min_lr"], SCHEDULE + "One of min_lr"),
+        (["--lr_scheduler_kwargs=foo"], SCHEDULE + ".*must be a mapping"),
+        (['--lr_scheduler_kwargs={"foo": 1}'], SCHEDULE + ".*'foo'"),
+        (['--lr_scheduler_kwargs={"num_cycles": NaN}'], "lr_scheduler_kwargs is .*nan.*; it must be finite"),
+        (["--report_to=foo"], "--report_to: foo is not supported"),
+        (["--report_to=wandb"], "--report_to: WandbCallback requires wandb"),
+        (["--use_liger_kernel=true"], "--use_liger_kernel: liger-kernel is not installed"),
+        (['--decoder_config={"return_dict": false}'], "GateLoopConfig has no field return_dict"),
+        (['--decoder_config={"id2label": 5}'], "GateLoopConfig has no field id2label"),
+        (['--stateful_config={"dtype": "foo"}'], "StatefulGPTConfig has no field dtype"),
+        (['--decoder_config={"rope_parameters": {"rope_type": "yarn"}}'], "'rope_type'='yarn': {'factor'}"),
+        (['--decoder_config={"layer_types": [["a"]]}'], "layer_types must be a list such as"),
+        (['--decoder_config={"eos_token_id": 9999}'], "eos_token_id is 9999, but the vocabulary has 258 tokens"),
+        pytest.param(["--torch_compile_mode=foo"], "torch_compile_mode: Unrec", marks=pytest.mark.exhaustive),
+        pytest.param(["--torch_compile_backend=foo"], "torch_compile_mode: Inv", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_what_others_would_refuse_later_is_refused_at_once(given, message, text_files, tmp_path):
+    if ("wandb" in given[0] and find_spec("wandb")) or ("liger" in given[0] and find_spec("liger_kernel")):
+        pytest.skip("it is installed here")
+    refused(text_files, tmp_path, *given, message=message)
 
 
 def test_an_output_folder_that_holds_something_else_is_left_alone(text_files, tmp_path):

@@ -416,6 +416,20 @@ def test_progress_of_something_else_is_not_taken_up(other, tmp_path):
         assert torch.equal(gradient, found[name]), name
 
 
+def test_progress_is_taken_up_by_a_model_that_has_not_been_saved_yet(tmp_path, monkeypatch, caplog):
+    """As a run that was killed had saved checkpoints, and one that goes on has not."""
+    monkeypatch.setattr(Progress, "end", lambda self: None)
+    ids = tokens(1, 30)
+    for saved in (True, False):
+        model = decoder("mixed", torch.float32)
+        if saved:
+            model.save_pretrained(tmp_path / "checkpoint")
+        torch.manual_seed(1)
+        backward_through_time(model, ids, ids, 5, progress=Progress(tmp_path, seconds=0))
+    assert len(list(tmp_path.glob("document-*"))) == 1
+    assert "Going on in the middle of documents" in caplog.text
+
+
 def test_a_run_that_is_over_leaves_no_progress_behind(tmp_path):
     for ending in ("progress", "unfinished", "pt"):
         (tmp_path / f"document-0123456789abcdef-0.{ending}").touch()

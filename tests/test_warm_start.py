@@ -107,7 +107,7 @@ def test_states_that_are_gone_or_have_no_room_are_said_to_be(tmp_path):
         store.read(1, torch.tensor([0]), 5)
     with pytest.raises(OSError, match="states of another text or width"):
         StateStore(tmp_path, 10, 5).write(1, torch.tensor([0]), torch.ones(1, 10, 5))
-    with pytest.raises(OSError, match=r"take 2 times 8000000.0 GB.*Use less text"):
+    with pytest.raises(OSError, match=r"take 2 times 8.0 PB.*Use less text"):
         StateStore(tmp_path, 10**12, 4000)
 
 
@@ -198,6 +198,7 @@ class WarmTrainer(WarmStart, Trainer):
 
 def test_a_trainer_of_ones_own_evaluates_without_touching_the_states(text_files, tmp_path):  # noqa: F811
     store = StateStore(tmp_path / "states", Windows(corpus(text_files), 32).num_tokens, 32)
+    (tmp_path / "states").mkdir()
     (tmp_path / "states/epoch-0.bf16").write_bytes(b"\0\1" * (store.size // 2))  # of a run that came to nothing
     trainer = trainer_of(text_files, tmp_path, store)
     trainer.train()

@@ -20,13 +20,16 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from errors import Diverged, RunError, trying
 from evaluate import evaluate
 from peft import PeftModel
 from plot import draw
@@ -39,12 +42,12 @@ from train import (
     PRESETS,
     DataArguments,
     ModelArguments,
-    RunError,
     TrainArguments,
     TrainingData,
     check_folder,
     check_place,
     checked_model,
+    checked_trainer,
     load_model,
     load_tokenizer,
     parse,
@@ -55,15 +58,20 @@ from train import (
     warm_start,
 )
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
 )
+from warm_start import above
 
 from modeling_stateful_gpt import StatefulGPTForCausalLM
+from modeling_stateful_gpt.generation_gateloop import position_limit
 
 # Wide enough for the table where the output is not a terminal.
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -96,6 +104,15 @@ def run_folder(output_dir: str, arm: str, seed: int) -> Path:
     return Path(output_dir, f"{re.sub(r'[^A-Za-z0-9_.]+', '-', arm).strip('-')}-seed{seed}")
 
 
+@contextmanager
+def naming(arm: str) -> Iterator[None]:
+    """Says of which arm an error is."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{arm!r}: {error}") from error
+
+
 def plan(arguments: CompareArguments, rest: list[str]) -> list[Run]:
     """All runs, for each seed every arm in its turn. `rest` are the options of train.py for every arm.
 
@@ -124,10 +141,8 @@ def plan(arguments: CompareArguments, rest: list[str]) -> list[Run]:
             own = [o.replace("{seed}", str(seed)).replace("{output_dir}", arguments.output_dir) for o in own]
             folder = run_folder(arguments.output_dir, arm, seed)
             given = [*preset, "--seed", str(seed), "--output_dir", str(folder)]
-            try:
+            with naming(arm):
                 run = Run(arm, seed, folder, *parse([*rest, *own, *given]))
-            except RunError as error:
-                raise RunError(f"{arm!r}: {error}") from error
             if not preset and not run.model.model_name_or_path:
                 raise RunError(f"{arm!r} has no preset, nor does it go on from anything (--model_name_or_path).")
             # In the order of its start, what goes on would read again what that has just read.
@@ -159,7 +174,7 @@ class WriteEvaluations(TrainerCallback):
 
 
 def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
-    """Returns the records of all runs, or None if interrupted."""
+    """Returns the records of all runs but those that diverged, or None if interrupted."""
     if arguments.max_eval_blocks < 1 or arguments.sample_tokens < 1 or not arguments.sample_prompt:
         raise RunError("--max_eval_blocks and --sample_tokens must be at least 1, and --sample_prompt not empty.")
     runs = plan(arguments, rest)
@@ -172,11 +187,21 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
     # Blocks, if any arm reads them.
     first = next((run for run in runs if run.data.context == "blocks"), runs[0])
     data = cache(lambda: prepare_data(first.data, runs[0].model.model_name_or_path))
-    check(runs, data)
+    check(runs, data, arguments)
     compared = []
+    diverged: set[Path] = set()
     for run in runs:
         console.rule(run.folder.name)
-        results = train(run.model, run.data, run.training, data, [WriteEvaluations(run, data)])
+        if source := source_of(run, diverged):
+            console.print(f"Left out: it goes on from {source.name}, which diverged.", markup=False)
+            diverged.add(run.folder)
+            continue
+        try:
+            results = train(run.model, run.data, run.training, data, [WriteEvaluations(run, data)])
+        except Diverged as error:
+            console.print(f"{run.arm!r}, seed {run.seed}, diverged: {error}", markup=False)
+            diverged.add(run.folder)
+            continue
         if results is None:
             return None
         results = {"arm": run.arm, **results, "max_eval_blocks": arguments.max_eval_blocks}
@@ -189,12 +214,12 @@ def compare(arguments: CompareArguments, rest: list[str]) -> list[dict] | None:
     return compared
 
 
-def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
+def check(runs: list[Run], data: Callable[[], TrainingData], arguments: CompareArguments) -> None:
     """Says what is wrong with the last arm before hours are spent on the first.
 
     Raises:
-        RunError: a folder that holds something else; of what is not finished, a model that cannot be trained as
-            asked, an arm that goes on from one after it, or a checkpoint with another tokenizer than the first arm's.
+        RunError: a folder that holds something else; of what is not finished, a run that could not begin, an arm that
+            goes on from one after it, a checkpoint with another tokenizer than the first arm's, or too long a sample.
     """
     folders = {run.folder for run in runs}
     sources = {run.folder: source_of(run, folders) for run in runs}
@@ -207,23 +232,44 @@ def check(runs: list[Run], data: Callable[[], TrainingData]) -> None:
             raise RunError(f"{run.arm!r} goes on from {start}, which no arm before it leaves; change their order.")
         earlier.add(run.folder)
         if (run.folder / "results.json").exists():
+            with naming(run.arm), trying(f"{run.folder} is damaged"):
+                check_sample(AutoConfig.from_pretrained(run.folder), data().tokenizer, arguments)
             if run.folder in sources.values():
                 models[run.folder] = load_model(str(run.folder))
             continue
         # What an arm leaves has the tokenizer of all.
-        base = copy.deepcopy(models[source]) if source else load_model(start) if start else None
+        with naming(run.arm):
+            base = copy.deepcopy(models[source]) if source else load_model(start) if start else None
         other = start and not source and not run.data.tokenizer_name
         if other and load_tokenizer(start).get_vocab() != data().tokenizer.get_vocab():
             raise RunError(
                 f"{run.arm!r} goes on from {start}, which has another tokenizer than {runs[0].arm!r}. Let the first "
                 f"arm go on from it too, or name one for all arms (--tokenizer_name)."
             )
-        try:
+        with naming(run.arm):
             model = checked_model(run.model, run.data, run.training, data().tokenizer, base)
-        except RunError as error:
-            raise RunError(f"{run.arm!r}: {error}") from error
+            check_sample(model.config, data().tokenizer, arguments)
+            check_beginning(run, data(), model, above(Path(arguments.output_dir).absolute().parent))
         if run.folder in sources.values():
             models[run.folder] = model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def check_beginning(run: Run, data: TrainingData, model: PreTrainedModel, disk: Path) -> None:
+    """Raises a RunError for a run that could not begin. `disk`: a folder that is where the run's will be."""
+    training = copy.copy(run.training)
+    with trying("use another --output_dir"), TemporaryDirectory(dir=disk) as training.output_dir:
+        checked_trainer(run.model, run.data, training, data, model)
+
+
+def check_sample(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, arguments: CompareArguments) -> None:
+    """Raises a RunError for a sample that is longer than the model can tell positions."""
+    limit = position_limit(config.get_text_config())
+    length = len(tokenizer(arguments.sample_prompt)["input_ids"]) + arguments.sample_tokens
+    if limit is not None and length > limit:
+        raise RunError(
+            f"the prompt and --sample_tokens are {length} tokens, more than the model's max_position_embeddings "
+            f"({limit}); lower --sample_tokens."
+        )
 
 
 def source_of(run: Run, folders: set[Path]) -> Path | None:
@@ -379,6 +425,19 @@ def main() -> None:
     if records is None:
         sys.exit(1)
     folder = Path(arguments.output_dir)
+    # Differences are between runs of the same seed, so that an arm lacks all seeds or none.
+    number = {arm: sum(record["arm"] == arm for record in records) for arm in arguments.arms}
+    whole = [arm for arm in arguments.arms if number[arm] == len(arguments.seeds)]
+    diverged = [arm for arm in arguments.arms if arm not in whole]
+    if whole:
+        show(replace(arguments, arms=whole), records, folder)
+    if diverged:
+        raise RunError(f"{', '.join(map(repr, diverged))} diverged, and cannot be compared; see above for the seeds.")
+
+
+def show(arguments: CompareArguments, records: list[dict], folder: Path) -> None:
+    """The table, the picture and the samples of the given arms."""
+    records = [record for record in records if record["arm"] in arguments.arms]
     show_table(arguments, records, folder / "comparison.md")
     runs = {arm: [record for record in records if record["arm"] == arm] for arm in arguments.arms}
     draw(runs, folder / "comparison.png")

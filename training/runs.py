@@ -10,13 +10,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from errors import RunError
 from filelock import FileLock, Timeout
 from records import flush, write_json
+from rich.filesize import decimal
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
@@ -43,11 +46,15 @@ def read_object(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process, until it ends in whatever way.
+    """Holds the folder, which is made if it does not exist, for this process, until it ends in whatever way.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds it, or it cannot be made.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{error}; use another --output_dir.") from error
     try:
         with FileLock(folder / LOCK, timeout=0):
             yield
@@ -69,6 +76,14 @@ def tensors_checksum(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {z.dtype} {tuple(z.shape)}".encode())
         digest.update(z.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the files as which it is saved."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {file.name: checksum(file) for file in sorted(Path(folder).glob("*"))}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def seal(checkpoint: Path) -> None:
@@ -146,7 +161,7 @@ def saving(file: Path, size: int) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(file.parent).free
-        full = f"the disk is full: {free / 1e6:.1f} MB are free, and it takes about {size / 1e6:.1f} MB"
+        full = f"the disk is full: {decimal(free)} are free, and it takes about {decimal(size)}"
         why = (
             full if free < size or getattr(error, "errno", None) == errno.ENOSPC else f"{type(error).__name__}: {error}"
         )

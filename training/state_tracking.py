@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from errors import RunError, trying
 from plot import draw_lengths, draw_scores
 from records import append_record, read_records
 from rich.console import Console
 from rich.table import Table
+from runs import LOCK, locked
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -38,13 +39,15 @@ from train import (
     DataArguments,
     DocumentTrainer,
     Preset,
-    RunError,
     SteppingTrainer,
     TrainArguments,
     WindowTrainer,
+    as_json,
     batch_size,
     check_context,
+    check_options,
     check_place,
+    check_trainer,
     count_parameters,
     matched_model,
     repeated,
@@ -537,35 +540,43 @@ def lengths_of(task: Task, arguments: StateTrackingArguments) -> list[int]:
     return arguments.test_lengths or [*task.test_lengths, *task.beyond]
 
 
+def make_trainer(
+    task_name: str,
+    model_name: str,
+    seed: int,
+    arguments: StateTrackingArguments,
+    training: StateTrackingTraining,
+    folder: str,
+) -> SteppingTrainer:
+    task = task_of(task_name, arguments)
+    model = build_model(model_name, task, arguments, seed)
+    batch = batch_size(training)
+    run = copy.copy(training)
+    run.seed, run.output_dir = seed, folder
+    preset = MODELS[model_name]
+    if preset is not None and preset.warm_start:
+        steps = math.ceil(training.max_steps / arguments.warm_start_epochs)
+        epochs = math.ceil(training.max_steps / steps)
+        revisited = RevisitedSequences(task, steps * batch, seed, arguments.curriculum, epochs)
+        store = StateStore(Path(folder, "states"), revisited.num_tokens, arguments.hidden_size)
+        return WindowTrainer(model, run, collate, revisited, state_store=store)
+    run.train_sampling_strategy = "sequential"
+    of_one_length = batch if task.one_length_a_batch else 1
+    fresh = FreshSequences(task, training.max_steps * batch, seed, arguments.curriculum, of_one_length)
+    if arguments.context == "blocks":
+        return SteppingTrainer(model, run, collate, fresh)
+    return DocumentTrainer(model, run, collate, fresh, context=arguments.context, chunk_size=arguments.chunk_size)
+
+
 def train_and_test(
     task_name: str, model_name: str, seed: int, arguments: StateTrackingArguments, training: StateTrackingTraining
 ) -> dict:
     """A run: the record of what was done and what came out."""
-    task = task_of(task_name, arguments)
-    model = build_model(model_name, task, arguments, seed)
-    batch = batch_size(training)
-    size = training.max_steps * batch
     started, used = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        run = copy.copy(training)
-        run.seed, run.output_dir = seed, folder
-        preset = MODELS[model_name]
-        if preset is not None and preset.warm_start:
-            steps = math.ceil(training.max_steps / arguments.warm_start_epochs)
-            epochs = math.ceil(training.max_steps / steps)
-            revisited = RevisitedSequences(task, steps * batch, seed, arguments.curriculum, epochs)
-            store = StateStore(Path(folder, "states"), revisited.num_tokens, arguments.hidden_size)
-            trainer = WindowTrainer(model, run, collate, revisited, state_store=store)
-        else:
-            run.train_sampling_strategy = "sequential"
-            fresh = FreshSequences(task, size, seed, arguments.curriculum, batch if task.one_length_a_batch else 1)
-            if arguments.context == "blocks":
-                trainer = SteppingTrainer(model, run, collate, fresh)
-            else:
-                trainer = DocumentTrainer(
-                    model, run, collate, fresh, context=arguments.context, chunk_size=arguments.chunk_size
-                )
+        trainer = make_trainer(task_name, model_name, seed, arguments, training, folder)
         trainer.train()
+    task, model = task_of(task_name, arguments), trainer.model
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
     results = {length: test(model, task, length, arguments.test_sequences) for length in lengths_of(task, arguments)}
     return {
@@ -607,7 +618,7 @@ def settings_of(
     task: str, model: str, arguments: StateTrackingArguments, training: StateTrackingTraining
 ) -> dict[str, Any]:
     """What decides the result of a run, besides the names and the seed."""
-    settings = {name: getattr(training, name) for name in OF_A_STEP}
+    settings = as_json({name: getattr(training, name) for name in OF_A_STEP})
     settings["train_batch_size"] = batch_size(training)
     settings |= {k: v for k, v in asdict(arguments).items() if k not in ("tasks", "models", "seeds")}
     # At the beginning, half-way and at the end of the time in which it grows.
@@ -643,6 +654,7 @@ def check(arguments: StateTrackingArguments, training: StateTrackingTraining) ->
     if any(seed not in SEEDS for seed in arguments.seeds):
         raise RunError(f"--seeds must lie between 0 and {SEEDS[-1]}.")
     check_place(Path(training.output_dir))
+    check_options(training)
     for name in arguments.tasks:
         task = task_of(name, arguments)
         shortest, longest = task.train_lengths
@@ -655,23 +667,31 @@ def check(arguments: StateTrackingArguments, training: StateTrackingTraining) ->
         warm = preset is not None and preset.warm_start
         if any(TASKS[task].silence is not None for task in arguments.tasks) and (warm or preset is None):
             raise RunError(f"recall is for models of ours that never see a sequence twice; leave out {name}.")
-        try:
-            with torch.device("meta"):
-                model = build_model(name, TASKS[arguments.tasks[0]], arguments, seed=0)
-        except (StrictDataclassError, ValueError) as error:
-            raise RunError(str(error.__cause__ or error)) from error
+        with trying(), torch.device("meta"):
+            model = build_model(name, TASKS[arguments.tasks[0]], arguments, seed=0)
         data = DataArguments(context=arguments.context, chunk_size=arguments.chunk_size)
         check_context(model, warm, data, training)
+        with trying(), tempfile.TemporaryDirectory() as folder:
+            check_trainer(make_trainer(arguments.tasks[0], name, 0, arguments, training, folder))
 
 
 def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) -> list[dict]:
     """The records of all runs, of which those in the output folder are not done again.
 
     Raises:
-        RunError: what cannot be trained or tested, or a run in the folder that was made with other settings.
+        RunError: what cannot be trained or tested, a run in the folder that was made with other settings, or a folder
+            that another command holds.
     """
     check(arguments, training)
-    file = Path(training.output_dir, "runs.jsonl")
+    folder = Path(training.output_dir)
+    with locked(folder):
+        runs = run_in(folder, arguments, training)
+        (folder / LOCK).unlink(missing_ok=True)
+    return runs
+
+
+def run_in(folder: Path, arguments: StateTrackingArguments, training: StateTrackingTraining) -> list[dict]:
+    file = folder / "runs.jsonl"
     before = read_records(file)
     runs = []
     for task in arguments.tasks:
@@ -690,7 +710,6 @@ def run_all(arguments: StateTrackingArguments, training: StateTrackingTraining) 
                         f"same settings, or another --output_dir."
                     )
                 runs.append(done)
-    file.parent.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(runs, start=1):
         if "results" in run:
             continue
@@ -757,10 +776,8 @@ def show_overview(scores: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     types = (StateTrackingArguments, StateTrackingTraining)
     parser = HfArgumentParser(types, description=__doc__, allow_abbrev=False)
-    try:
+    with trying():
         arguments, training = parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        raise RunError(str(error)) from error
     try:
         runs = run_all(arguments, training)
     except KeyboardInterrupt:

@@ -17,18 +17,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from inspect import get_annotations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from data import DataError, byte_tokenizer, bytes_per_token, load_corpus, sample_blocks, token_blocks
 from datasets import Dataset
-from errors import RunError
+from errors import Diverged, RunError, trying
 from huggingface_hub import whoami
-from huggingface_hub.errors import HTTPError, StrictDataclassError
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model
 from plot import draw
@@ -45,6 +47,7 @@ from runs import (
     seal,
     size_of_checkpoint,
     tensors_checksum,
+    tokenizer_checksum,
 )
 from torch import nn
 from torch.nn.utils import get_total_norm
@@ -62,10 +65,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils import logging
-from unbounded import CONTEXTS, Documents, WholeDocuments, check_arguments, check_recurrent, pad
+from transformers.utils import is_liger_kernel_available, logging
+from unbounded import CONTEXTS, Documents, WholeDocuments, check_arguments, check_recurrent, computation, pad
 from warm_start import StatesMissing, StateStore, WarmStart, Windows, collate, losses_from_states, saved_state
 
 from modeling_stateful_gpt import (
@@ -209,14 +214,27 @@ AT_LEAST = {
     "label_smoothing_factor": 0,
     "dataloader_num_workers": 0,
     "eval_steps": 0,
+    "eval_delay": 0,
+    "logging_steps": 0,
     "progress_seconds": 0,
+    "neftune_noise_alpha": 0,
     "gradient_accumulation_steps": 1,
     "eval_accumulation_steps": 1,
     "save_total_limit": 1,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
+    "dataloader_prefetch_factor": 1,
 }
 """Of transformers' arguments, those whose value is otherwise refused by what is made after the model, if at all."""
+
+REFUSED = {
+    "save_only_model": (True, "no run can go on from such checkpoints"),
+    "ignore_data_skip": (True, "a run that goes on would read another text"),
+    "train_sampling_strategy": ("group_by_length", "a run that goes on would read in another order"),
+    "auto_find_batch_size": (True, "the batch size decides the result"),
+    "restore_callback_states_from_checkpoint": (False, "a run that goes on would not know what has been spent"),
+}
+"""Of transformers' arguments, those with a value that makes a killed run another one, and why."""
 
 SEEDS = range(2**32)
 """Of which numpy's and torch's generators are made."""
@@ -284,6 +302,13 @@ class TrainArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:  # Nor may it be no number.
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {least}, and finite.")
+        for name, (value, why) in REFUSED.items():
+            if getattr(self, name, None) == value:
+                raise ValueError(f"--{name} {value}: {why}; leave it out.")
+        if not 0 < self.save_steps < math.inf:
+            raise ValueError(f"--save_steps is {self.save_steps}; it must be more than 0, and finite.")
+        if wrong := [part for part in (self.optim_args or "").split(",") if part and "=" not in part]:
+            raise ValueError(f"--optim_args has {wrong[0]!r}; its parts have the form name=value.")
         if (counted := self.include_num_input_tokens_seen) not in ("all", "non_padding", "no", True, False):
             raise ValueError(f"--include_num_input_tokens_seen is {counted}; choose from all, non_padding, no.")
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
@@ -352,14 +377,7 @@ class StopAtWhatIsNoNumber(TrainerCallback):
             return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if gradients and not get_total_norm(gradients, math.inf).isfinite():
-            raise RunError(no_number("gradient", state.global_step + 1))
-
-
-def no_number(what: str, step: int) -> str:
-    return (
-        f"The {what} of step {step} is not finite, and training cannot go on from there. Lower --learning_rate, or set "
-        f"--max_grad_norm and --warmup_steps. The checkpoints of before are kept."
-    )
+            raise Diverged("gradient", state.global_step + 1)
 
 
 class StopWhenNothingImproves(EarlyStoppingCallback):
@@ -437,7 +455,7 @@ class SteppingTrainer(Trainer):
         logs["tokens"] = self.before["tokens"] + self.state.num_input_tokens_seen
         logs["train_seconds"] = round(self.before["seconds"] + self.clock.seconds, 3)
         if not math.isfinite(logs.get("eval_loss", 0)):
-            raise RunError(no_number("validation loss", self.state.global_step))
+            raise Diverged("validation loss", self.state.global_step)
         super().log(logs, start_time)
 
     def is_finished(self) -> bool:
@@ -459,12 +477,20 @@ class SteppingTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args, **kwargs) -> None:
         if not tr_loss.isfinite():
-            raise RunError(no_number("loss", self.state.global_step))
+            raise Diverged("loss", self.state.global_step)
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
+    def check_weights(self) -> None:
+        if not get_total_norm(list(self.model.parameters()), math.inf).isfinite():
+            raise Diverged("update", self.state.global_step)
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        self.check_weights()
+        return output
+
     def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
-        if not get_total_norm(list(model.parameters()), math.inf).isfinite():
-            raise RunError(no_number("update", self.state.global_step))
+        self.check_weights()
         folder = Path(self._get_output_dir(trial))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         # None is deleted before this one is complete.
@@ -603,13 +629,11 @@ def build_model(
     feedback = None if preset.stateful is None else {**preset.stateful, "pass_seed": seed, **stateful}
     decoder = {**preset.decoder, **config_fields("--decoder_config", arguments.decoder_config, GateLoopConfig)}
     model = base or (load_model(arguments.model_name_or_path) if arguments.model_name_or_path else None)
-    try:
+    with trying():
         if model is None:
             model = matched_model(decoder_config(arguments, data_arguments, tokenizer, decoder), feedback)
         else:
             model = continued_model(arguments, model, feedback)
-    except (StrictDataclassError, ValueError) as error:
-        raise RunError(str(error.__cause__ or error)) from error
     if warm_start(arguments) and getattr(model.config, "feedback", None) is None:
         raise RunError("--warm_start is for a model that feeds its hidden state back, and this one has no feedback.")
     if warm_start(arguments) and model.config.feedback_source != "hidden_state":
@@ -626,6 +650,11 @@ def build_model(
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {text_config.vocab_size}; use the "
             f"tokenizer that came with the model (leave out --tokenizer_name)."
         )
+    for name in ("bos_token_id", "eos_token_id"):
+        if any(token >= text_config.vocab_size for token in as_list(decoder.get(name))):
+            raise RunError(
+                f"--decoder_config: {name} is {decoder[name]}, but the vocabulary has {text_config.vocab_size} tokens."
+            )
     limit = position_limit(text_config)
     if limit is not None and data_arguments.block_size > limit:
         raise RunError(
@@ -633,6 +662,10 @@ def build_model(
             f"({limit}); lower it."
         )
     return model
+
+
+def as_list(tokens: int | list[int] | None) -> list[int]:
+    return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
 
 def checked_model(
@@ -731,7 +764,8 @@ def config_fields(option: str, text: str, config_class: type) -> dict:
         values = None
     if not isinstance(values, dict):
         raise RunError(f"{option} is not JSON of the form '{{\"field\": value}}': {text}")
-    known = {field.name for field in fields(config_class)} - {"text_config"}
+    # Its own alone: what all of transformers' configurations have is of no use here, or harms.
+    known = get_annotations(config_class).keys() - {"text_config"}
     if unknown := sorted(set(values) - known):
         raise RunError(f"{option}: {config_class.__name__} has no field {', '.join(unknown)}.")
     return values
@@ -764,7 +798,7 @@ def repeated(pattern: list[str], num_layers: int) -> list[str]:
     Raises:
         RunError: not a list, or fewer layers than it takes to have one of each type.
     """
-    if not isinstance(pattern, list):
+    if not isinstance(pattern, list) or not all(isinstance(name, str) for name in pattern):
         raise RunError(f'--decoder_config: layer_types must be a list such as ["gateloop"], not {pattern!r}.')
     layer_types = [pattern[i % len(pattern)] for i in range(num_layers)]
     if missing := set(pattern) - set(layer_types):
@@ -853,7 +887,7 @@ def check_folder(folder: Path, settings: dict) -> None:
         # noted is taken to be as it is.
         before = {**settings, **asdict(ModelArguments()), **asdict(DataArguments()), **before}
         changed = [name for name in settings if before.get(name) != settings[name]]
-        if read := sorted(set(changed) & {"text", "base_weights"}):
+        if read := sorted(set(changed) & {"text", "tokenizer", "base_weights", "base_config"}):
             raise RunError(
                 f"{folder} holds a run of another {' and '.join(read).replace('_', ' ')}: what was read for it has "
                 f"changed since it was begun. To start anew, use another --output_dir."
@@ -871,7 +905,7 @@ def check_folder(folder: Path, settings: dict) -> None:
 OF_A_STEP = (
     *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
-    *("bf16", "fp16", "gradient_checkpointing", "optim_args"),
+    *("bf16", "fp16", "gradient_checkpointing", "optim_args", "optim_target_modules", "neftune_noise_alpha"),
 )
 """Of transformers' arguments, those that decide what the steps of training do."""
 
@@ -888,12 +922,34 @@ def settings_of(
     decisive = {
         *(*OF_A_STEP, "num_train_epochs", "max_seconds", "seed", "data_seed"),
         *("patience", "load_best_model_at_end", "metric_for_best_model"),
+        *("train_sampling_strategy", "dataloader_drop_last", "average_tokens_across_devices"),
     }
     if training_arguments.load_best_model_at_end:
-        decisive |= {"eval_strategy", "eval_steps"}
+        decisive |= {"eval_strategy", "eval_steps", "eval_delay", "greater_is_better"}
     training = {name: getattr(training_arguments, name) for name in sorted(decisive)}
     training["train_batch_size"] = batch_size(training_arguments)
-    return json.loads(json.dumps({**asdict(model_arguments), **asdict(data_arguments), **training}, default=str))
+    training["accelerator_config"] = other_than_default(training_arguments.accelerator_config)
+    return as_json({**asdict(model_arguments), **asdict(data_arguments), **training})
+
+
+def other_than_default(config: AcceleratorConfig) -> dict | None:
+    """Its fields that are, but for the one that says how the run is spread."""
+    default = AcceleratorConfig()
+    return {k: v for k, v in vars(config).items() if k != "use_configured_state" and v != getattr(default, k)} or None
+
+
+def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they will be read.
+
+    Raises:
+        RunError: an option holds a number that JSON has not.
+    """
+    for name, value in settings.items():
+        try:
+            settings[name] = json.loads(json.dumps(value, default=str, allow_nan=False))
+        except ValueError as error:
+            raise RunError(f"--{name} is {value}; it must be finite.") from error
+    return settings
 
 
 def train(
@@ -962,8 +1018,8 @@ def begin(
     callbacks: Sequence[TrainerCallback],
     held: contextlib.ExitStack,
 ) -> tuple[SteppingTrainer, TrainingData, str | None]:
-    """Makes all that the run needs, then takes the output folder, which is given back when `held` is closed, and notes
-    the run's settings in it. Returns the trainer, the data and the checkpoint to go on from.
+    """Makes all that the run needs in the output folder, which is given back when `held` is closed, and then notes the
+    run's settings in it, before any data is written. Returns the trainer, the data and the checkpoint to go on from.
 
     Raises:
         RunError: what cannot be trained as asked, or an output folder with something else; nothing is left then.
@@ -976,15 +1032,9 @@ def begin(
         data = prepared() if prepared else prepare_data(data_arguments, model_arguments.model_name_or_path)
         set_seed(training_arguments.seed)
         model = checked_model(model_arguments, data_arguments, training_arguments, data.tokenizer)
-        settings["text"] = data.checksum
-        if model_arguments.model_name_or_path:
-            settings["base_weights"] = tensors_checksum(dict(model.named_parameters()))
+        settings |= checksums(model_arguments, data_arguments, data, model)
         if main_process:
             check_folder(folder, settings)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RunError(f"{error}; use another --output_dir.") from error
             held.enter_context(locked(folder))
             # From now on, nobody else writes there; until now, somebody may have.
             check_folder(folder, settings)
@@ -997,8 +1047,45 @@ def begin(
         print(f"Resuming from {checkpoint}.")
         # It would count once more for --patience.
         training_arguments.eval_on_start = False
-    patience = training_arguments.patience
     try:
+        trainer = checked_trainer(model_arguments, data_arguments, training_arguments, data, model, callbacks)
+        if main_process:
+            with saving(folder / "run.json", 10_000):
+                write_json(folder / "run.json", settings)
+        if data_arguments.context != "blocks":
+            trainer.train_dataset = write_documents(data, training_arguments)
+    except RunError:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return trainer, data, checkpoint
+
+
+def checksums(
+    model_arguments: ModelArguments, data_arguments: DataArguments, data: TrainingData, model: PreTrainedModel
+) -> dict[str, str]:
+    """Of all that is read for a run."""
+    sums = {"text": data.checksum}
+    if data_arguments.tokenizer_name or model_arguments.model_name_or_path:
+        sums["tokenizer"] = tokenizer_checksum(data.tokenizer)
+    if model_arguments.model_name_or_path:
+        sums["base_weights"] = tensors_checksum(dict(model.named_parameters()))
+        sums["base_config"] = hashlib.sha256(computation(model.config).encode()).hexdigest()
+    return sums
+
+
+def checked_trainer(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training_arguments: TrainArguments,
+    data: TrainingData,
+    model: PreTrainedModel,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> SteppingTrainer:
+    """The trainer of a run that can begin: if not, a RunError says why."""
+    patience = training_arguments.patience
+    check_options(training_arguments)
+    with trying():
         trainer = make_trainer(
             model_arguments,
             data_arguments,
@@ -1011,25 +1098,31 @@ def begin(
             callbacks=[SaveOnInterrupt(), *([StopWhenNothingImproves(patience)] if patience else []), *callbacks],
             before=spent(model_arguments.model_name_or_path),
         )
-        check_trainer(trainer)
-        if main_process:
-            with saving(folder / "run.json", 10_000):
-                write_json(folder / "run.json", settings)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise error if isinstance(error, (RunError, DataError)) else RunError(str(error)) from error
-    return trainer, data, checkpoint
+    check_trainer(trainer)
+    return trainer
+
+
+def check_options(arguments: TrainArguments) -> None:
+    """Raises a RunError for options that name what is not installed, or does not exist."""
+    with trying("--report_to"):
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise RunError("--use_liger_kernel: liger-kernel is not installed; leave it out.")
+    if arguments.torch_compile:
+        with trying("--torch_compile_backend and --torch_compile_mode"):
+            torch.compile(nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
 
 
 def check_trainer(trainer: SteppingTrainer) -> None:
     """Makes what the Trainer would make only after the run has begun, so that what is wrong with it shows before.
 
     Raises:
-        RunError: there would be no step.
-        ValueError: an option is refused.
+        RunError: there would be no step, or an option is refused.
     """
-    if len(trainer.get_train_dataloader()) == 0:
+    with trying("--dataloader_* and --accelerator_config"):
+        batches = len(trainer.get_train_dataloader())
+    if batches == 0:
         raise RunError(
             f"The text gives no whole batch ({len(trainer.train_dataset)} examples; a batch takes "
             f"{batch_size(trainer.args)}): leave out --dataloader_drop_last, or lower --per_device_train_batch_size."
@@ -1038,7 +1131,23 @@ def check_trainer(trainer: SteppingTrainer) -> None:
     if trainer.args.gradient_checkpointing and getattr(config, "training_solver", None) == "sequential":
         raise RunError("Training token by token goes without --gradient_checkpointing; leave it out.")
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        trainer.create_optimizer()
+        with trying("--optim, --optim_args and --optim_target_modules"):
+            trainer.create_optimizer()
+    with trying("--lr_scheduler_type and --lr_scheduler_kwargs"):
+        check_schedule(trainer, batches)
+
+
+def check_schedule(trainer: SteppingTrainer, batches: int) -> None:
+    """Raises an error for a learning rate that is no number at the beginning, half-way or at the end."""
+    arguments = trainer.args
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * batches)
+    # One of its own, because schedulers write into it.
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    schedule = trainer.create_scheduler(steps, optimizer)
+    trainer.lr_scheduler = None
+    factors = [factor(step) for factor in getattr(schedule, "lr_lambdas", []) for step in (0, steps // 2, steps)]
+    if not all(map(math.isfinite, factors)):
+        raise ValueError("the learning rate does not stay finite.")
 
 
 def finish(trainer: SteppingTrainer, model_arguments: ModelArguments, report: dict) -> dict:
@@ -1086,10 +1195,21 @@ def finish(trainer: SteppingTrainer, model_arguments: ModelArguments, report: di
 
 def spent(checkpoint: str | None) -> dict[str, float]:
     """The tokens and seconds of training behind a checkpoint, up to what it has logged last if it is one of a run; 0 if
-    this command did not leave it."""
+    this command did not leave it.
+
+    Raises:
+        RunError: its `results.json` does not say.
+    """
     if checkpoint and (file := Path(checkpoint, "results.json")).is_file():
-        results = json.loads(file.read_text())
-        return {name: results[name] for name in ("tokens", "seconds")}
+        try:
+            results = json.loads(file.read_text())
+            before = {name: results[name] for name in ("tokens", "seconds")}
+            if all(0 <= number < math.inf for number in before.values()):
+                return before
+            why = f"of {before}"
+        except (ValueError, TypeError, KeyError) as error:
+            why = f"{type(error).__name__}: {error}"
+        raise RunError(f"{file} does not say how many tokens and seconds were spent ({why}). Mend it, or take it away.")
     state = saved_state(checkpoint) if checkpoint else None
     for entry in reversed(state.log_history if state else []):
         if "train_seconds" in entry:
@@ -1137,18 +1257,23 @@ def make_trainer(
 
 
 def make_document_trainer(data_arguments: DataArguments, data: TrainingData, **arguments) -> DocumentTrainer:
+    """Of texts, which a run that has begun replaces by their tokens."""
     training_arguments = arguments["args"]
     training_arguments.include_num_input_tokens_seen = "non_padding"
-    path = Path(training_arguments.output_dir, "documents.int32")
-    with training_arguments.main_process_first():
-        documents = Documents(path, data.train_documents, data.tokenizer, write=training_arguments.process_index == 0)
     return DocumentTrainer(
-        train_dataset=documents,
+        train_dataset=data.train_documents,
         context=data_arguments.context,
         chunk_size=data_arguments.chunk_size,
         progress_seconds=training_arguments.progress_seconds,
         **{**arguments, "data_collator": pad},
     )
+
+
+def write_documents(data: TrainingData, arguments: TrainArguments) -> Documents:
+    """Their tokens, in a file of the output folder."""
+    path = Path(arguments.output_dir, "documents.int32")
+    with arguments.main_process_first(), saving(path, 4 * sum(map(len, data.train_documents))):
+        return Documents(path, data.train_documents, data.tokenizer, write=arguments.process_index == 0)
 
 
 def step_per_pass(arguments: ModelArguments) -> bool:
@@ -1180,11 +1305,9 @@ def check_context(
         raise RunError("--chunk_size must be at least 1.")
     if warm or arguments.random_offsets:
         raise RunError(f"--context {arguments.context} reads whole documents: leave out warm start and random offsets.")
-    try:
+    with trying():
         check_recurrent(model)
         check_arguments(training_arguments)
-    except ValueError as error:
-        raise RunError(str(error)) from error
 
 
 def check_access(repo_id: str, token: str | None) -> None:
@@ -1216,10 +1339,8 @@ def publish(folder: Path, results: dict, arguments: TrainArguments) -> None:
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainArguments]:
     types = (ModelArguments, DataArguments, TrainArguments)
     parser = HfArgumentParser(types, description=__doc__, allow_abbrev=False)
-    try:
+    with trying():
         return parser.parse_args_into_dataclasses(args=arguments)
-    except (ValueError, ImportError, OSError) as error:
-        raise RunError(str(error)) from error
 
 
 def run_command(command: Callable[[], object]) -> None:

@@ -43,6 +43,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import (
     DynamicCache,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -325,6 +326,19 @@ class Reading:
         self.forwards, self.backwards = held["forwards"], held["backwards"]
 
 
+NOTES = {"architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"}
+"""What stands in a configuration and decides nothing; saving a model changes it."""
+
+
+def computation(config: PreTrainedConfig) -> str:
+    """A configuration without `NOTES`, as JSON."""
+
+    def without_notes(fields: dict) -> dict:
+        return {name: value for name, value in fields.items() if name not in NOTES}
+
+    return json.dumps(json.loads(config.to_json_string(), object_hook=without_notes), sort_keys=True)
+
+
 # Not .safetensors: what publishes the folder would take it for weights. What is pickled (.pt) is only deleted.
 FILE_NAME = re.compile(r"document-[0-9a-f]{16}-\d+\.(progress|unfinished|pt)")
 
@@ -350,7 +364,7 @@ class Progress:
     def path(self) -> Path:
         batch, mask = self.batch, self.batch.attention_mask
         sizes = (self.FORMAT, self.context, batch.seed, batch.chunk_size, batch.num_items_in_batch)
-        digest = hashlib.sha256(repr((*sizes, batch.model.config.to_json_string())).encode())
+        digest = hashlib.sha256(repr((*sizes, computation(batch.model.config))).encode())
         for tensor in (batch.input_ids, batch.labels, *([] if mask is None else [mask]), *batch.model.parameters()):
             digest.update(repr((tensor.shape, tensor.device)).encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

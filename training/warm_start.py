@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
@@ -85,13 +86,12 @@ class StateStore:
         self.folder, self.shape = Path(folder), (num_tokens, width)
         self.files: dict[int, np.memmap] = {}
         self.checksums: dict[int, dict[tuple[int, int], int]] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
         present = sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.bf16"))
-        needed, free = epochs * self.size - present, shutil.disk_usage(self.folder).free
+        needed, free = epochs * self.size - present, shutil.disk_usage(above(self.folder)).free
         if needed > free:
             raise OSError(
-                f"The states of {num_tokens:,} tokens, {width} wide, take {epochs} times {self.size / 1e9:.1f} GB; "
-                f"{free / 1e9:.1f} GB are left for {self.folder}. Use less text, a narrower model or another disk."
+                f"The states of {num_tokens:,} tokens, {width} wide, take {epochs} times {decimal(self.size)}; "
+                f"{decimal(free)} are left for {self.folder}. Use less text, a narrower model or another disk."
             )
 
     @property
@@ -166,6 +166,7 @@ class StateStore:
     def file(self, epoch: int) -> torch.Tensor:
         """The file of an epoch as a tensor `[N, D]`; made, full of zeros, if it does not exist."""
         if epoch not in self.files:
+            self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path(epoch), os.O_RDWR | os.O_CREAT)
             if os.fstat(descriptor).st_size not in (0, self.size):
                 os.close(descriptor)
@@ -194,6 +195,11 @@ class StateStore:
         for path in self.folder.glob("epoch-*.bf16"):
             if int(path.stem.removeprefix("epoch-")) not in epochs:
                 path.unlink(missing_ok=True)
+
+
+def above(folder: Path) -> Path:
+    """The folder itself or, if it does not exist yet, the nearest one in which it will be."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def checksum(states: torch.Tensor) -> int:
