@@ -63,6 +63,7 @@ class PaddingAlignment(Alignment):
     Args:
         attention_mask: `[B, past + T]`, 0 on padding.
         past: how many tokens are in the cache already.
+        padding_first: for layers with a state, which has read all that is behind it.
     """
 
     def __init__(self, attention_mask: torch.Tensor, past: int, length: int, padding_first: bool = False):

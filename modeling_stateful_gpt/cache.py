@@ -36,6 +36,10 @@ class AllOrNothingCache(Cache):
 
         A number above 0 is how many tokens remain, as transformers up to 5.16 asks for.
         """
+        if any(any(layer.is_recurrent_states_initialized.values()) for layer in linear_layers_of(self)):
+            raise RuntimeError(
+                "Cannot remove tokens: the cache holds states of linear attention, which have read them."
+            )
         length = int(self.get_seq_length())
         if tokens_to_remove > 0:
             tokens_to_remove = min(tokens_to_remove - length, 0)
@@ -279,19 +283,26 @@ def linear_layers_of(cache: Cache) -> list[LinearAttentionCacheLayerMixin]:
     return [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
 
-def keep_states(cache: Cache, before: Cache, advance: torch.Tensor) -> None:
+STATES = ("conv_states", "recurrent_states")
+
+
+def copy_states(cache: Cache) -> list[dict[str, dict]]:
+    """What the linear layers hold now."""
+    return [{name: _clone(getattr(layer, name)) for name in STATES} for layer in linear_layers_of(cache)]
+
+
+def keep_states(cache: Cache, before: list[dict[str, dict]], advance: torch.Tensor) -> None:
     """Puts the states of linear layers back to those of `before` in the rows where `advance` `[B]` is False. They are
     zero where there was none."""
-    for layer, earlier in zip(linear_layers_of(cache), linear_layers_of(before), strict=True):
-        for name in ("conv_states", "recurrent_states"):
+    for layer, earlier in zip(linear_layers_of(cache), before, strict=True):
+        for name in STATES:
             for number, state in getattr(layer, name).items():
-                if state is None:
+                old = earlier[name][number]
+                # Those of recorded tokens grow; none of them is padding.
+                if state is None or (old is not None and old.shape != state.shape):
                     continue
-                old = getattr(earlier, name)[number]
-                old = torch.zeros((), dtype=state.dtype, device=state.device) if old is None else old
                 rows = advance.to(state.device).view(-1, *[1] * (state.ndim - 1))
-                if old.ndim == 0 or old.shape == state.shape:  # Those of recorded tokens grow; none of them is padding.
-                    state.copy_(state.where(rows, old))
+                state.copy_(torch.where(rows, state, torch.zeros_like(state) if old is None else old))
 
 
 def can_scatter(cache: Cache) -> bool:

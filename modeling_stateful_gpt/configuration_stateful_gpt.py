@@ -90,7 +90,7 @@ class StatefulGPTConfig(PreTrainedConfig):
         solver: how the recurrence is solved in the mode `"solved"`, a key of `SOLVERS` in `solvers.py`.
         num_groups: groups of positions in a pass of the cyclic solver, in evaluation and training.
         tolerance: how much an element may differ from the solution, in units of the root mean square of its state, as
-            far as that can be estimated. In half precision at least 8 times the distance of 1 to the next number.
+            far as that can be estimated. Unless it is 0, at least 8 times what rounding does to a state.
     """
 
     model_type = "stateful_gpt"

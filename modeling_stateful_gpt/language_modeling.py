@@ -53,6 +53,7 @@ def take_head(causal_lm: PreTrainedModel) -> PreTrainedModel:
     # A device map has put these in front of the class's own, bound to the whole model.
     for attribute in ("forward", "_old_forward", "_hf_hook"):
         vars(head).pop(attribute, None)
+    vars(head).update({name: type(hooks)() for name, hooks in vars(causal_lm).items() if name.endswith("_hooks")})
     head._modules = {**causal_lm._modules, name: GivenHiddenStates()}
     head._tied_weights_keys, head.all_tied_weights_keys = {}, {}  # Whoever holds the head ties it.
     return head
@@ -107,6 +108,8 @@ def loss_in_chunks(
             **kwargs,
         )
 
-    positions = max(1, LOGITS_AT_A_TIME // (len(hidden_states) * model.config.vocab_size))
+    batch, _, width = hidden_states.shape
+    # In the backward pass each chunk adds to the gradient of the head: with fewer tokens, that is what takes the time.
+    positions = max(LOGITS_AT_A_TIME // model.config.vocab_size, width) // batch + 1
     chunks = zip(hidden_states.split(positions, 1), shift_labels.split(positions, 1), strict=True)
     return torch.stack([checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]).sum()

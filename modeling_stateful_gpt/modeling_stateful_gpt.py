@@ -29,11 +29,12 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .alignment import find_alignment, find_padding, first_of_sequence
+from .alignment import Alignment, find_alignment, find_padding, first_of_sequence
 from .cache import (
     append,
     can_reorder,
     can_scatter,
+    copy_states,
     keep_states,
     last_hidden_state_layer,
     past_length,
@@ -89,6 +90,9 @@ ROUNDINGS = 8
 
 ROUTED = "output_router_logits"
 """Asks a mixture of experts for its load-balancing loss, as a field of its configuration or an argument."""
+
+LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+"""What language models call the weight of that loss in the whole."""
 
 RECORDED = ("output_hidden_states", "output_attentions", ROUTED)
 
@@ -214,7 +218,7 @@ class LanguageModelRecurrence:
         h, exists = state
         inputs = self.fuse(self.embeds[:, here], h[:, None], self.has_previous[:, here])
         padded = self.attention_mask is not None and self.model.has_linear_attention
-        before = snapshot(self.running) if padded else None
+        before = copy_states(self.running) if padded else None
         hidden_state = self.run(inputs, self.running, here, self.mask_at(position))[:, 0]
         if before is not None:
             keep_states(self.running, before, self.real[:, position])
@@ -359,7 +363,8 @@ class LanguageModelRecurrence:
         # One row for each token, in some models of one dimension more.
         self.output["router_logits"] = routed and tuple(z.view(*inputs.shape[:2], -1) for z in routed)
         # Spread over devices, a model's last layer may be on another one than the embedding, where its states go next.
-        return output.last_hidden_state.to(self.embeds.device)
+        # And some sum their residual stream in fp32 (Mamba).
+        return output.last_hidden_state.to(self.embeds)
 
     def wait_for_others(self) -> None:
         """Where the weights are sharded, a run takes all processes, and how many runs it takes depends on the text: who
@@ -668,6 +673,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         for name in RECORDED:
             default = getattr(text_config if name == ROUTED else self.config, name, False)
             kwargs[name] = default if kwargs.get(name) is None else kwargs[name]
+        if not kwargs[ROUTED]:  # Which most language models do not know.
+            del kwargs[ROUTED]
         kwargs |= self.inputs_of_tokens(input_ids, kwargs)
         check_inputs(text_config, inputs_embeds.shape[1], attention_mask, past_key_values)
         if initial_states is not None and initial_states.shape != inputs_embeds.shape:
@@ -686,15 +693,15 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 **kwargs,
             )
             return StatefulGPTOutputWithPast(
-                last_hidden_state=outputs.last_hidden_state,
-                **{CACHE: getattr(outputs, CACHE)},
+                last_hidden_state=outputs.last_hidden_state.to(inputs_embeds.dtype),
+                **{CACHE: outputs.get(self.cache_argument)},
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
                 router_logits=outputs.get("router_logits"),
             )
 
         training = self.training and past_key_values is None
-        if use_cache and past_key_values is None:
+        if use_cache and past_key_values is None and not (training and self.has_linear_attention):
             past_key_values = DynamicCache(config=text_config)
         attention_mask = read_mask(self.language_model.config, inputs_embeds, attention_mask, past_key_values)
         alignment = None
@@ -702,14 +709,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         # In training even one token asks: the answer may take a probe, which all processes with sharded weights run.
         if (training or shape[1] > 1) and self.groups_positions(shape[0], training, num_passes, solver, decode_mode):
             alignment = find_alignment(attention_mask, position_ids, past_key_values, shape, self.config.num_groups)
-        elif self.has_linear_attention and shape[1] > 1 and past_key_values is not None and attention_mask is not None:
-            # States have read all that is behind them: there must be no padding after the tokens.
-            alignment = find_padding(attention_mask, int(past_length(past_key_values)), shape[1], padding_first=True)
-            if alignment is not None and not can_reorder(past_key_values):
-                raise ValueError(
-                    f"{type(self.language_model).__name__} has layers with a state and layers with a window of the "
-                    f"past. With a cache, its padding must be on the left (tokenizer.padding_side='left')."
-                )
+        elif self.has_linear_attention and shape[1] > 1:
+            alignment = self.align_states(attention_mask, position_ids, past_key_values, shape[1])
         if alignment is not None:
             if position_ids is None:
                 position_ids = default_position_ids(shape[1], attention_mask, past_key_values, inputs_embeds.device)
@@ -762,6 +763,31 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             )
         return {"per_layer_inputs": self.language_model.get_per_layer_inputs(input_ids)}
 
+    def align_states(
+        self,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        length: int,
+    ) -> Alignment | None:
+        """Layers with a state have read all that is behind them, so no padding may be behind a token."""
+        name = type(self.language_model).__name__
+        if attention_mask is None:
+            if position_ids is not None and cache is None and first_of_sequence(position_ids)[:, 1:].any():
+                raise ValueError(
+                    f"{name} has layers with a state, which packed sequences would share. Give each sequence a row."
+                )
+            return None
+        if attention_mask.ndim != 2:
+            return None
+        alignment = find_padding(attention_mask, int(past_length(cache)), length, padding_first=True)
+        if alignment is not None and cache is not None and not can_reorder(cache):
+            raise ValueError(
+                f"{name} has layers with a state, and others whose past cannot be put in another order. With a cache, "
+                f"its padding must be on the left (tokenizer.padding_side='left')."
+            )
+        return alignment
+
     def groups_positions(
         self, batch: int, training: bool, num_passes: int | None, solver: str | None, decode_mode: str | None
     ) -> bool:
@@ -792,6 +818,11 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 "Training token by token needs the keys and values that checkpointed activations throw away. Set "
                 "gradient_checkpointing=False (trl's trainers have it on by default), or train by the solved "
                 "recurrence: training_solver='cyclic', num_no_grad_passes=None."
+            )
+        if solver == "sequential" and self.has_linear_attention and torch.is_grad_enabled():
+            raise ValueError(
+                f"{type(self.language_model).__name__} writes its states in place, and cannot be trained token by "
+                f"token; choose training_solver='jacobi' or 'cyclic'."
             )
         if solver != "sequential" and num_passes == 1 and num_no_grad_passes == 0 and recurrence.guess is None:
             return one_pass(recurrence.plain())
@@ -1018,6 +1049,7 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
         else:
             self.lm_head = make_head(config.text_config)
         self.tie_head()
+        self.read_generation()
         self.post_init()
         if self._tp_plan and config.head == "linear":
             # Tensor parallelism splits the embedding, whose weight may be the head's.
@@ -1032,6 +1064,10 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
         else:
             self._tied_weights_keys = tied_weights(self.lm_head, "model.language_model")
 
+    def read_generation(self) -> None:
+        """Whether tokens cannot be taken back, so that `generate()` refuses drafts."""
+        self._is_stateful = getattr(self.model.language_model, "_is_stateful", False)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head if self.config.head == "linear" else self.lm_head.get_output_embeddings()
 
@@ -1042,13 +1078,18 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
             self.lm_head.set_output_embeddings(new_embeddings)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[…, V]` from last hidden states `[…, D]`."""
+        """`[B, T, V]` from last hidden states `[B, T, D]`, or `[N, V]` from `[N, D]`."""
         if self.config.head == "linear":
             return self.lm_head(hidden_states)
+        if hidden_states.ndim == 2:
+            return self.compute_logits(hidden_states[None])[0]
         return self.lm_head(inputs_embeds=hidden_states, use_cache=False).logits
 
-    def balance(self, outputs: StatefulGPTOutputWithPast, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """The load-balancing loss of a mixture of experts, as the language model's own head computes it."""
+    def balance(
+        self, outputs: StatefulGPTOutputWithPast, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, float]:
+        """The load-balancing loss of a mixture of experts, as the language model's own head computes it (None where it
+        has none), and its weight."""
         if self.config.head == "linear":
             raise ValueError(
                 f"A linear head has no load-balancing loss for {type(self.model.language_model).__name__}'s experts: "
@@ -1058,14 +1099,16 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
         if attention_mask is not None:
             attention_mask = attention_mask[:, -hidden_states.shape[1] :] if attention_mask.ndim == 2 else None
         routed = tuple(z.flatten(0, 1) for z in outputs.router_logits)
-        return self.lm_head(
+        output = self.lm_head(
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             router_logits=routed,
             use_cache=False,
             logits_to_keep=1,
             **{ROUTED: True},
-        ).aux_loss
+        )
+        weight = next((getattr(self.lm_head, name) for name in LOSS_WEIGHTS if hasattr(self.lm_head, name)), 0.0)
+        return output.get("aux_loss"), weight
 
     @classmethod
     def from_backbone(
@@ -1090,10 +1133,11 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
         logits = probe_logits(backbone)
         if logits.isnan().any():
             raise ValueError(not_finite(backbone))
-        linear = type(head) is nn.Linear and head.bias is None and not hasattr(backbone.config, ROUTED)
+        linear = type(head) is nn.Linear and head.bias is None and not getattr(backbone.config, ROUTED, False)
         # One linear layer where that is the same, as most tools know it.
-        for kind in ["linear"] * linear + ["language_model"]:
-            model = cls.around(backbone, feedback=feedback, **{"head": kind, **config})
+        kinds = [config.pop("head")] if "head" in config else ["linear"] * linear + ["language_model"]
+        for kind in kinds:
+            model = cls.assemble(backbone, feedback=feedback, head=kind, **config)
             if torch.equal(probe_logits(model, num_passes=1), logits):
                 break
         else:
@@ -1109,7 +1153,8 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
         return model.train(backbone.training)
 
     @classmethod
-    def around(cls, backbone: PreTrainedModel, **config) -> "StatefulGPTForCausalLM":
+    def assemble(cls, backbone: PreTrainedModel, **config) -> "StatefulGPTForCausalLM":
+        """A model of the modules of `backbone`, unchecked."""
         _, decoder = find_decoder(backbone)
         with torch.device("meta"):
             # Unless it is told otherwise, a composite configuration resets how its parts attend.
@@ -1121,6 +1166,7 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
             # What the configuration says, not every model does.
             model.config.tie_word_embeddings = model.lm_head.weight is decoder.get_input_embeddings().weight
         model.model.read_arguments()
+        model.read_generation()
         model.model.batches_seen = torch.zeros((), dtype=torch.int64, device=backbone.device)
         if model.config.feedback is not None:
             fusion = FUSIONS[model.config.feedback](model.config.hidden_size)
@@ -1182,9 +1228,9 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
         loss = torch.stack(losses).mean() if losses else None
         aux_loss = None
         if outputs.router_logits is not None:
-            aux_loss = self.balance(outputs, attention_mask)
-            if loss is not None:
-                loss = loss + self.config.text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+            aux_loss, weight = self.balance(outputs, attention_mask)
+            if loss is not None and aux_loss is not None:
+                loss = loss + weight * aux_loss.to(loss.device)
         return StatefulGPTCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

@@ -63,6 +63,8 @@ SPECIAL: dict[str, dict] = {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "cohere": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 8.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -132,7 +134,7 @@ def small_model(model_type: str) -> AutoModelForCausalLM:
 def tokens(padding: int = 0) -> torch.Tensor:
     """Two rows of thirteen; of the first, `padding` on the left."""
     ids = torch.randint(3, 60, (2, 13), generator=torch.Generator().manual_seed(0))
-    ids[0] = torch.cat([torch.zeros(padding, dtype=torch.long), ids[0, : 13 - padding]])
+    ids[0] = torch.cat([torch.ones(padding, dtype=torch.long), ids[0, : 13 - padding]])
     return ids
 
 

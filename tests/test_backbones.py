@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from modeling_stateful_gpt import StatefulGPTConfig, StatefulGPTForCausalLM, language_modeling
+from modeling_stateful_gpt import StatefulGPTConfig, StatefulGPTForCausalLM, language_modeling, verify_agreement
 
 OTHERS = {name for names in NO_DECODERS.values() for name in names.split()}
 DECODERS = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in OTHERS]
@@ -51,7 +51,7 @@ def test_a_decoder_takes_feedback_or_is_refused_by_name(model_type):
 @pytest.mark.parametrize("model_type", few(sorted(OTHERS - {"blt"}), ["bert", "bart", "git"]))
 def test_what_is_no_decoder_of_text_is_refused_in_a_sentence(model_type):
     (row,) = check_all([model_type])
-    assert row.refused or row.works or not row.built, row
+    assert row.refused or row.works or (not row.built and "took more than" not in row.fault), row
 
 
 def ids(batch, length, seed=0):
@@ -112,21 +112,65 @@ def test_padding_anywhere_leaves_the_states_of_a_hybrid_as_they_are(model_type):
             parameter.add_(0.04 * torch.randn_like(parameter))
     tokens, following = ids(1, 7), ids(1, 3, seed=1)
 
-    def go_on(where: list[int], length: int, **how) -> torch.Tensor:
-        """The logits of the following tokens, after the tokens in the slots `where` of a row, the others padding."""
-        row, mask = torch.zeros(1, length, dtype=torch.long), torch.zeros(1, length, dtype=torch.long)
+    def in_a_row(where: list[int]) -> dict[str, torch.Tensor]:
+        """The tokens in the slots `where` of a row of ten, the others padding."""
+        row, mask = torch.zeros(1, 10, dtype=torch.long), torch.zeros(1, 10, dtype=torch.long)
         row[0, where], mask[0, where] = tokens[0], 1
+        return {"input_ids": row, "attention_mask": mask}
+
+    def go_on(inputs: dict[str, torch.Tensor], **how) -> torch.Tensor:
+        """The logits of the following tokens."""
         cache = DynamicCache(config=model.config)
-        model(row, attention_mask=mask, past_key_values=cache, **how)
-        mask = nn.functional.pad(mask, (0, 3), value=1)
+        model(**inputs, past_key_values=cache, **how)
+        mask = nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
         return model(following, attention_mask=mask, past_key_values=cache).logits
 
     with torch.no_grad():
-        expected = go_on(list(range(7)), 7, solver="sequential")
+        expected = go_on({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, solver="sequential")
+        alone = model(tokens, use_cache=False).logits
         for where in ([0, 1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 4, 5, 7, 8]):
+            inputs = in_a_row(where)
             for solver in ("jacobi", "sequential"):
-                got = go_on(where, 10, solver=solver)
+                got = go_on(inputs, solver=solver)
                 torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+            got = model.eval()(**inputs, use_cache=False).logits[:, where]
+            torch.testing.assert_close(got, alone, atol=1e-4, rtol=1e-4)
+            got = model.train()(**inputs, labels=inputs["input_ids"], num_passes=2).logits[:, where]
+            torch.testing.assert_close(got, model(tokens, labels=tokens, num_passes=2).logits, atol=1e-4, rtol=1e-4)
+            model.eval()
+
+
+def test_what_a_hybrid_cannot_do_is_refused_by_name():
+    model = StatefulGPTForCausalLM.from_backbone(small_model("qwen3_next")).eval()
+    tokens = ids(1, 8)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(tokens, max_new_tokens=4, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match=r"which packed sequences would share. Give each sequence a row"):
+        model(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), use_cache=False)
+    with pytest.raises(ValueError, match="cannot be trained token by token"):
+        model.train()(tokens, solver="sequential")
+    cache = DynamicCache(config=model.config)
+    model.eval()(tokens, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="states of linear attention, which have read them"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "phi"])
+def test_a_backbone_in_half_precision_takes_feedback_in_it(model_type):
+    backbone = small_model(model_type).bfloat16()
+    model = StatefulGPTForCausalLM.from_backbone(backbone)
+    assert model(ids(1, 6), labels=ids(1, 6)).loss.isfinite()
+    with torch.no_grad():
+        assert torch.equal(model(ids(1, 6), num_passes=1).logits, backbone(ids(1, 6)).logits)
+
+
+def test_states_that_are_not_finite_agree_with_nothing():
+    model = stateful("llama", torch.float32, tolerance=1e-4)
+    assert verify_agreement(model, ids(2, 9)).agrees
+    with torch.no_grad():
+        model.model.language_model.norm.weight.fill_(torch.nan)
+    report = verify_agreement(model, ids(2, 9))
+    assert not report.agrees and "NO" in str(report)
 
 
 # What a mixture of experts adds to the loss
@@ -136,7 +180,7 @@ def mixture(**config) -> StatefulGPTForCausalLM:
     torch.manual_seed(0)
     backbone = MixtralConfig(**LLAMA_LIKE, num_local_experts=4, router_aux_loss_coef=0.5, sliding_window=None)
     model = AutoModelForCausalLM.from_config(backbone)
-    return StatefulGPTForCausalLM.from_backbone(model, feedback="gated_add", **config)
+    return StatefulGPTForCausalLM.from_backbone(model, feedback="gated_add", head="language_model", **config)
 
 
 @pytest.mark.parametrize("padding", [0, 3])
@@ -248,6 +292,9 @@ def test_the_head_is_that_of_the_backbone_bit_for_bit_saved_or_not(model_type, t
     again = StatefulGPTForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         expected = backbone(ids(2, 9)).logits
+        assert model.config.head == "language_model"
+        mask = torch.arange(18).view(2, 9) % 3 == 0
+        assert torch.equal(model(ids(2, 9), num_passes=1, logits_to_keep=mask).logits, expected[mask])
         for ours in (model, again.eval()):
             assert torch.equal(ours(ids(2, 9), num_passes=1).logits, expected)
             assert torch.equal(ours(ids(2, 9), num_passes=1, logits_to_keep=2).logits, expected[:, -2:])
