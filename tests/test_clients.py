@@ -243,7 +243,7 @@ def test_a_loss_from_the_logits_trains_on_average_every_pass(make, tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         for parameter in model.model.feedback.parameters():
-            parameter.mul_(2)  # it has learned the chats for any number of passes; now their losses differ
+            parameter.mul_(4)  # it has learned the chats for any number of passes; now their losses differ
         states = model.model(batch["input_ids"], batch["attention_mask"], use_cache=False).pass_hidden_states
         passes = [LabelSmoother(0.3)([model.lm_head(h)], batch["labels"], shift_labels=True) for h in states]
         mean = torch.stack(passes).mean()

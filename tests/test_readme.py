@@ -66,7 +66,7 @@ def clean_python(tmp_path):
 
 def test_the_python_snippets_run_one_after_the_other_where_only_the_wheel_is_installed(clean_python, tmp_path):
     snippets = blocks("python")
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     check = "import modeling_stateful_gpt, importlib.util\nprint(modeling_stateful_gpt.__file__)\n"
     check += "assert not any(map(importlib.util.find_spec, ('pytest', 'trl', 'datasets', 'matplotlib')))\n"
     script = tmp_path / "snippets.py"
