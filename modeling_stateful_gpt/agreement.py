@@ -26,8 +26,8 @@ class Agreement:
     states_median: float
     states_tenth: float
     states_max: float
-    """How far solved states are from stepped ones: in the median, at least in the furthest tenth, and at most; infinite
-    where one is not finite."""
+    """How far solved states are from stepped ones: in the median, at least in the furthest tenth, and at most. A state
+    that is not finite is infinitely far."""
     log_probs_mean: float
     log_probs_max: float
     """How far the log-probabilities of the tokens of the text are from each other."""
@@ -95,6 +95,7 @@ def verify_agreement(
         for output in (solved, stepped)
     )
     distance = (ours - theirs)[..., 0].abs()[predicts]
+    same_token = (solved.logits.argmax(-1) == stepped.logits.argmax(-1))[real.to(solved.logits.device)]
     return Agreement(
         shape=(input_ids.shape[0], input_ids.shape[1]),
         solver=solver,
@@ -107,10 +108,7 @@ def verify_agreement(
         states_max=change.max().item(),
         log_probs_mean=distance.mean().item(),
         log_probs_max=distance.max().item(),
-        same_next_token=(solved.logits.argmax(-1) == stepped.logits.argmax(-1))[real.to(solved.logits.device)]
-        .float()
-        .mean()
-        .item(),
+        same_next_token=same_token.float().mean().item(),
         seconds_solved=between - began,
         seconds_stepped=ended - between,
     )

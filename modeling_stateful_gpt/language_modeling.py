@@ -9,8 +9,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-LOGITS_AT_A_TIME = 2**24
-"""Of passes whose logits nobody sees, so many are held at a time."""
+MANY_LOGITS = 2**24
+"""A pass that nobody sees the logits of does not hold more of them than this."""
+
+TOKENS_AT_A_TIME = 256
+"""It then computes those of so many tokens at a time. In the backward pass each time adds to the gradient of the whole
+head, which takes longer than the products themselves if the tokens are few."""
 
 IGNORED = -100
 """The label where there is no loss."""
@@ -75,7 +79,7 @@ def make_head(text_config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def has_many_logits(hidden_states: torch.Tensor, vocab_size: int) -> bool:
-    return hidden_states[..., 0].numel() * vocab_size > LOGITS_AT_A_TIME
+    return hidden_states[..., 0].numel() * vocab_size > MANY_LOGITS
 
 
 def loss_in_chunks(
@@ -108,8 +112,6 @@ def loss_in_chunks(
             **kwargs,
         )
 
-    batch, _, width = hidden_states.shape
-    # In the backward pass each chunk adds to the gradient of the head: with fewer tokens, that is what takes the time.
-    positions = max(LOGITS_AT_A_TIME // model.config.vocab_size, width) // batch + 1
+    positions = -(-TOKENS_AT_A_TIME // len(hidden_states))
     chunks = zip(hidden_states.split(positions, 1), shift_labels.split(positions, 1), strict=True)
     return torch.stack([checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]).sum()

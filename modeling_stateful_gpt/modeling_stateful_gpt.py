@@ -120,8 +120,8 @@ class StatefulGPTOutputWithPast(BaseModelOutputWithPast):
 class StatefulGPTCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`pass_losses`: in training, the loss of every pass, `[passes]`, whose mean is `loss`. `states`: the last hidden
     states `[B, T, D]` of the last pass, without gradient: a first guess for the next time (`initial_states`).
-    `aux_loss`: of a mixture of experts, if asked for, the load-balancing loss of the last pass, which `loss` has in it,
-    too, times `router_aux_loss_coef`."""
+    `aux_loss`: of a mixture of experts, if asked for, the load-balancing loss of the last pass. `loss` contains it,
+    times the weight that the language model gives it."""
 
     aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
@@ -1142,8 +1142,9 @@ class StatefulGPTForCausalLM(NextTokenLabels, StatefulGenerationMixin, StatefulG
                 break
         else:
             raise ValueError(
-                f"{type(backbone).__name__} computes other logits from embeddings than from tokens; feedback changes "
-                f"the embeddings, so it cannot be put around it."
+                f"{type(backbone).__name__} computes other logits than its decoder does with embeddings and a head of "
+                f"the kind {' or '.join(map(repr, kinds))}. Leave head to from_backbone, if you gave it. If not, "
+                f"feedback cannot be put around this model."
             )
         if feedback is not None and model.model.steps_differ():
             raise ValueError(

@@ -10,6 +10,7 @@ a small random model with a large vocabulary makes a training step with one pass
 """
 
 import argparse
+import ctypes
 import gc
 import json
 from collections.abc import Callable
@@ -18,10 +19,17 @@ from typing import Any
 
 import torch
 from benchmark import paired_ratio, reset_peak, resident
-from data import load_corpus
+from data import load_corpus, sample_blocks, token_blocks
 from peft import LoraConfig, get_peft_model
 from train import RunError, run_command
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from modeling_stateful_gpt import StatefulGPTForCausalLM
 
@@ -33,6 +41,7 @@ def peak(work: Callable[[], object]) -> int:
     stays."""
     work()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # Or what is freed and held would be taken for what is in use.
     reset_peak()
     before = resident("VmRSS")
     work()
@@ -49,14 +58,12 @@ def with_feedback(plain: PreTrainedModel, **config) -> StatefulGPTForCausalLM:
     return model
 
 
-def text(tokenizer, length: int) -> torch.Tensor:
+def text(tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
     """`[1, length]` of the default validation text."""
-    ids: list[int] = []
-    for document in load_corpus().validation:
-        ids += tokenizer(document)["input_ids"]
-        if len(ids) >= length:
-            return torch.tensor([ids[:length]])
-    raise RunError(f"The text has only {len(ids)} tokens; lower --length.")
+    blocks = sample_blocks(token_blocks(load_corpus().validation, tokenizer, length), 1)
+    if len(blocks) == 0:
+        raise RunError(f"The text has no block of {length} tokens; lower --length.")
+    return torch.tensor(blocks["input_ids"])
 
 
 @torch.no_grad()
@@ -107,11 +114,11 @@ def training(plain: PreTrainedModel, model: StatefulGPTForCausalLM, ids: torch.T
     return lines
 
 
-def losses(vocab_size: int, length: int) -> list[dict]:
+def losses(vocab_size: int, length: int, hidden_size: int) -> list[dict]:
     """The peak of a step with the loss of three passes, against transformers' own with one."""
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=length,
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=length,
     )  # fmt: skip
     plain, ids = LlamaForCausalLM(config), torch.randint(vocab_size, (1, length))
     least = peak(partial(training_step, plain, ids))
@@ -133,14 +140,17 @@ def main() -> None:
     parser.add_argument("--train_length", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--vocab_size", type=int, default=151_936, help="of the model for the losses")
+    parser.add_argument("--hidden_size", type=int, default=64, help="of the model for the losses")
     kinds = ["prompts", "decoding", "training", "losses"]
     parser.add_argument("--measure", nargs="+", choices=kinds, default=kinds[:3])
     arguments = parser.parse_args()
     if min(arguments.length, arguments.train_length, arguments.pairs, arguments.vocab_size) < 2:
         raise RunError("--length, --train_length, --pairs and --vocab_size must be at least 2.")
+    if arguments.hidden_size < 8 or arguments.hidden_size % 8:
+        raise RunError("--hidden_size must be a multiple of 8.")
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), **vars(arguments)}))
     if "losses" in arguments.measure:
-        for line in losses(arguments.vocab_size, arguments.length):
+        for line in losses(arguments.vocab_size, arguments.length, arguments.hidden_size):
             print(json.dumps(line), flush=True)
     rest = [kind for kind in kinds[:3] if kind in arguments.measure]
     if not rest:
