@@ -415,6 +415,7 @@ def test_a_run_is_of_one_text_and_one_base(text_files, plain_run, tmp_path):  # 
     shutil.copy(text_files[0], text)
     for name, field, value, what in (
         ("config.json", "rms_norm_eps", 0.1, "base config"),
+        ("generation_config.json", "top_k", 7, "base config"),
         ("tokenizer.json", "normalizer", {"type": "Lowercase"}, "tokenizer"),
     ):
         content = (base / name).read_text()

@@ -934,6 +934,7 @@ SCHEDULE = "--lr_scheduler_type and --lr_scheduler_kwargs: "
         (['--lr_scheduler_kwargs={"num_cycles": NaN}'], "lr_scheduler_kwargs is .*nan.*; it must be finite"),
         (["--report_to=foo"], "--report_to: foo is not supported"),
         (["--report_to=wandb"], "--report_to: WandbCallback requires wandb"),
+        (['--gradient_checkpointing_kwargs={"foo": 1}'], "--gradient_checkpointing_kwargs: .*foo"),
         (["--use_liger_kernel=true"], "--use_liger_kernel: liger-kernel is not installed"),
         (['--decoder_config={"return_dict": false}'], "GateLoopConfig has no field return_dict"),
         (['--decoder_config={"id2label": 5}'], "GateLoopConfig has no field id2label"),

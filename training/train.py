@@ -52,6 +52,7 @@ from runs import (
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint as checkpointed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -1070,7 +1071,8 @@ def checksums(
         sums["tokenizer"] = tokenizer_checksum(data.tokenizer)
     if model_arguments.model_name_or_path:
         sums["base_weights"] = tensors_checksum(dict(model.named_parameters()))
-        sums["base_config"] = hashlib.sha256(computation(model.config).encode()).hexdigest()
+        configurations = [model.config, *([model.generation_config] if model.generation_config else [])]
+        sums["base_config"] = hashlib.sha256("".join(map(computation, configurations)).encode()).hexdigest()
     return sums
 
 
@@ -1112,6 +1114,11 @@ def check_options(arguments: TrainArguments) -> None:
     if arguments.torch_compile:
         with trying("--torch_compile_backend and --torch_compile_mode"):
             torch.compile(nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
+    with trying("--gradient_checkpointing_kwargs"):
+        given = {"use_reentrant": False, **(arguments.gradient_checkpointing_kwargs or {})}
+        for name in ("every_n_layers", "offload"):  # The model takes these for itself.
+            given.pop(name, None)
+        checkpointed(nn.Identity(), torch.zeros(1), **given)
 
 
 def check_trainer(trainer: SteppingTrainer) -> None:

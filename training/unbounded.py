@@ -43,6 +43,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -330,7 +331,7 @@ NOTES = {"architectures", "auto_map", "dtype", "transformers_version", "_name_or
 """What stands in a configuration and decides nothing; saving a model changes it."""
 
 
-def computation(config: PreTrainedConfig) -> str:
+def computation(config: PreTrainedConfig | GenerationConfig) -> str:
     """A configuration without `NOTES`, as JSON."""
 
     def without_notes(fields: dict) -> dict:
