@@ -176,6 +176,12 @@ class LastHiddenStateLayer(StateLayer):
     is_sliding = False
     keys: torch.Tensor | None
     values: torch.Tensor | None
+    room: int | None = None
+    """The tokens that the static layers before it have room for. transformers passes over some of those when it looks
+    for the layer that says how long a mask is, and finds this one."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.room or super().get_mask_sizes(query_length)[0], 0
 
     def reset(self) -> None:
         super().reset()
@@ -534,6 +540,7 @@ def last_hidden_state_layer(cache: Cache, text_config: PreTrainedConfig) -> Last
                 f"it. Begin with an empty one: DynamicCache(config=model.config)."
             )
         layer = LastHiddenStateLayer()
+        layer.room = next((other.max_cache_len for other in cache.layers if isinstance(other, StaticLayer)), None)
         layer.record_past = any(getattr(other, "record_past", False) for other in cache.layers)
         cache.layers.append(layer)
     let_refuse_as_one(cache)
