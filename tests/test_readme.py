@@ -14,16 +14,39 @@ from pathlib import Path
 import pytest
 from by_the_clock import tabulate
 from compare import parse_comparison, plan
+from data import byte_tokenizer
 from packaging.requirements import Requirement
 from records import read_records
 from train import parse
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs/experiments.md"]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def blocks(language):
-    return [b for page in PAGES for b in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+def prose(text):
+    """Its sentences: no code, tables, headings or addresses; each bullet ends one."""
+    text = re.sub(r"```.*?```|^\|.*?$|^#.*?$|<!--.*?-->", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
+    parts = re.split(r"\n\s*\n|^\s*[-*] ", text, flags=re.MULTILINE)
+    return [" ".join(s.split()) for part in parts for s in re.split(r"(?<=[.?!:])\s+", part) if s.strip()]
+
+
+def test_the_front_page_is_short():
+    content = README.read_bytes()
+    assert content.count(b"\n") <= 160 and len(content) <= 10_000
+    results = content.decode().split("\n| question |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(results) <= 8
+
+
+@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs/guides").glob("*.md"))], ids=lambda page: page.name)
+def test_no_sentence_is_long(page):
+    assert not [sentence for sentence in prose(page.read_text()) if len(sentence.split()) > 30]
+
+
+def blocks(language, pages=PAGES):
+    return [b for page in pages for b in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)]
 
 
 def required(names):
@@ -64,9 +87,21 @@ def clean_python(tmp_path):
     return tmp_path / "env/bin/python"
 
 
-def test_the_python_snippets_run_one_after_the_other_where_only_the_wheel_is_installed(clean_python, tmp_path):
-    snippets = blocks("python")
-    assert len(snippets) == 7
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A small model in the folder that has the name of the README's."""
+    (name,) = set(re.findall(r'name = "([^"]+)"', README.read_text()))
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=256, eos_token_id=256, pad_token_id=257,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    byte_tokenizer().save_pretrained(tmp_path / name)
+
+
+def test_the_python_snippets_run_where_only_the_wheel_is_installed(clean_python, checkpoint, tmp_path):
+    snippets = [code for page in PAGES for code in blocks("python", [page])]
+    assert len(snippets) > 7
     check = "import modeling_stateful_gpt, importlib.util\nprint(modeling_stateful_gpt.__file__)\n"
     check += "assert not any(map(importlib.util.find_spec, ('pytest', 'trl', 'datasets', 'matplotlib')))\n"
     script = tmp_path / "snippets.py"
@@ -74,17 +109,17 @@ def test_the_python_snippets_run_one_after_the_other_where_only_the_wheel_is_ins
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run([clean_python, "-I", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
-    assert str(tmp_path / "env") in result.stdout and "tensor([[" in result.stdout
+    assert str(tmp_path / "env") in result.stdout and "The state of each token" in result.stdout
 
 
 def test_the_commands_have_the_options_that_are_shown():
     commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     training = [c[c.index("training/train.py") + 1 :] for c in commands if "training/train.py" in c]
-    assert len(training) == 11
+    assert len(training) > 10
     for arguments in training:
         parse(arguments)
     comparisons = [c[c.index("training/compare.py") + 1 :] for c in commands if "training/compare.py" in c]
-    assert len(comparisons) == 13
+    assert len(comparisons) > 10
     for arguments in comparisons:
         plan(*parse_comparison(arguments))
 
@@ -171,7 +206,6 @@ def anchors(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings_that_are_there(page):
-    assert len(links(page)) > 20
     for file, heading in links(page):
         target = page.parent / file if file else page
         assert target.exists(), file
