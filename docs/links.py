@@ -1,7 +1,7 @@
 """What mkdocs does with links that lead out of docs/: on GitHub they lead to the file, on the site there is none.
 
-With a `repo_url` in mkdocs.yml they lead to the file there. Without one, their text stays and the link goes. A link to a
-file that does not exist stays as it is, and `mkdocs build --strict` fails on it.
+With a `repo_url` in mkdocs.yml they lead to the file there. Without one, their text stays and the link goes. A link
+to a file that does not exist stays as it is, and `mkdocs build --strict` fails on it.
 """
 
 import os
