@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from .adapters import write_stateful_rows
 from .configuration_gateloop import GateLoopConfig
@@ -18,6 +19,8 @@ from .solvers import SOLVERS
 
 if TYPE_CHECKING:
     from .modeling_stateful_gpt import StatefulGPTModel  # noqa: F401 (as in configuration_gateloop.py)
+
+logger = logging.get_logger(__name__)
 
 DECODE_MODES = {
     "no_feedback": "the language model alone, in generation too",
@@ -44,6 +47,10 @@ READ_THROUGH = (
     "pad_token_id",
 )
 """Fields of `text_config` that clients look for at the top level, some as attributes, some in the dictionary."""
+
+
+REMOVED = ("detach_between_passes", "prefix_mixin", "share_dropout_masks")
+"""Fields that older checkpoints have. They changed how a model was trained, not what it computes."""
 
 
 def make_text_config(model_type: str = GateLoopConfig.model_type, **fields) -> PreTrainedConfig:
@@ -78,12 +85,7 @@ class StatefulGPTConfig(PreTrainedConfig):
           positions at once, and what is trained is what evaluation computes.
         - `pass_probabilities`: in place of `num_passes`, the probability of 1, 2, … passes, drawn for each batch from
           `pass_seed` and the number of batches so far: the same on every process, and after a resume.
-        - `detach_between_passes`: no gradient from a pass to the one before.
         - `feedback_noise`: standard deviation of Gaussian noise on the states that are fed back.
-        - `prefix_mixin`: probability that a sequence starts with a stretch of plain embeddings, of uniformly random
-          length.
-        - `share_dropout_masks`: whether all passes over a batch use the same dropout masks (cyclic passes from the
-          second on, as the groups draw other ones than the first pass over all positions).
 
     Evaluation:
         - `decode_mode`: what prompts and other sequences of more than one token go through, a key of `DECODE_MODES`.
@@ -111,10 +113,7 @@ class StatefulGPTConfig(PreTrainedConfig):
     num_no_grad_passes: int | None = 2
     pass_probabilities: list[float] | None = None
     pass_seed: int = 0
-    detach_between_passes: bool = False
     feedback_noise: float = 0.0
-    prefix_mixin: float = 0.0
-    share_dropout_masks: bool = False
     decode_mode: str = "solved"
     prefill_passes: int | None = None
     solver: str = "cyclic"
@@ -128,6 +127,11 @@ class StatefulGPTConfig(PreTrainedConfig):
                 f"text_config is {given!r}; it must be a configuration or the dictionary of one, such as "
                 f"AutoConfig.from_pretrained(…) gives. To start from a model's name, use "
                 f"StatefulGPTForCausalLM.from_backbone(…)."
+            )
+        if removed := [name for name in REMOVED if kwargs.pop(name, None)]:
+            logger.warning_once(
+                f"This version has no {' and no '.join(removed)}. Training goes without; what the model computes is "
+                f"the same."
             )
         at_the_top = {name: kwargs.pop(name) for name in READ_THROUGH if name in kwargs}
         if not isinstance(given, PreTrainedConfig):

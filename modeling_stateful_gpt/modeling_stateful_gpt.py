@@ -477,41 +477,12 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 class TrainingRecurrence(LanguageModelRecurrence):
     """The same equation with what training adds to it."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        config, device = self.model.config, self.embeds.device
-        if config.prefix_mixin > 0:
-            batch = len(self.embeds)
-            lengths = torch.rand(batch, 1, device=device) * (self.length + 1)
-            lengths = lengths * (torch.rand(batch, 1, device=device) < config.prefix_mixin)
-            self.has_previous &= torch.arange(self.length, device=device) >= lengths.long()
-        self.shares_masks = config.share_dropout_masks and has_dropout(self.model.language_model)
-        self.seed: int | None = None
-
-    def sweep(self, states: torch.Tensor | None) -> torch.Tensor:
-        return super().sweep(self.cut(states))
-
-    def sweep_groups(self, states: torch.Tensor | None, start: int, num_groups: int) -> torch.Tensor:
-        return super().sweep_groups(self.cut(states), start, num_groups)
-
-    def cut(self, states: torch.Tensor | None) -> torch.Tensor | None:
-        """Cuts the gradients to the pass before, if they are not wanted."""
-        config = self.model.config
-        if states is None or not config.detach_between_passes or config.feedback_source == "embedding":
-            return states
-        for layer in self.scattered.layers if self.scattered is not None else []:
-            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-        return states.detach()
-
     def fuse(self, e: torch.Tensor, h: torch.Tensor, has_previous: torch.Tensor) -> torch.Tensor:
         if self.model.config.feedback_noise > 0:
             h = h + self.model.config.feedback_noise * torch.randn_like(h)
         return super().fuse(e, h, has_previous)
 
-    def run(self, *args) -> torch.Tensor:
-        return self.run_with_shared_masks(*args) if self.shares_masks else self.run_keeping_cache(*args)
-
-    def run_keeping_cache(self, inputs, cache: Cache | None, *where) -> torch.Tensor:
+    def run(self, inputs, cache: Cache | None, *where) -> torch.Tensor:
         """A run whose keys and values are kept where the layers would checkpoint their activations."""
         if cache is None or not checkpointing(self.model.language_model):
             return super().run(inputs, cache, *where)
@@ -537,33 +508,6 @@ class TrainingRecurrence(LanguageModelRecurrence):
         for layer, keys, values in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
             layer.load(keys, values)
         return hidden_states
-
-    # Compiled, each pass is then a graph of its own, and draws its masks from the seed when it begins.
-    @torch.compiler.disable(recursive=False)
-    def run_with_shared_masks(self, inputs, cache, positions: slice, attention_mask) -> torch.Tensor:
-        if self.seed is None:
-            self.seed = int(torch.randint(2**62, ()))
-        with reseeded(self.seed + (positions.start or 0), self.embeds.device):
-            return self.run_keeping_cache(inputs, cache, positions, attention_mask)
-
-
-def has_dropout(language_model: PreTrainedModel) -> bool:
-    """Whether it may drop anything: by its configuration, or by a module (of an adapter, say)."""
-    fields = {name: p for name, p in vars(language_model.config).items() if "drop" in name}
-    # Of heads that are not there.
-    configured = any(p for name, p in fields.items() if not name.startswith(("summary", "classifier")))
-    return configured or any(isinstance(m, nn.Dropout) and m.p > 0 for m in language_model.modules())
-
-
-@contextmanager
-def reseeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers that start from `seed` inside, and go on outside as if nothing had been drawn."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-        torch.default_generator.manual_seed(seed)
-        if device.type != "cpu":
-            torch.get_device_module(device).manual_seed(seed)
-        yield
 
 
 class StatefulGPTPreTrainedModel(HubModel):

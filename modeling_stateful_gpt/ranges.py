@@ -40,7 +40,6 @@ RANGES = {
     "num_passes": SIZE,
     "num_no_grad_passes": COUNT,
     "feedback_noise": NOT_NEGATIVE,
-    "prefix_mixin": PROBABILITY,
     "prefill_passes": SIZE,
     "num_groups": SIZE,
     "tolerance": NOT_NEGATIVE,

@@ -46,8 +46,7 @@ STEPS = {
     "hybrid": lambda: GateLoopForCausalLM(DECODERS["hybrid"]()),
     **{f"stateful {feedback}": around("gpt", feedback=feedback) for feedback in FUSIONS},
     "stateful with dropout": around("dropout"),
-    "stateful, noise and plain prefixes": around("gateloop", feedback_noise=0.1, prefix_mixin=0.5, num_passes=3),
-    "stateful, passes apart": around("gpt", detach_between_passes=True),
+    "stateful, noise": around("gateloop", feedback_noise=0.1, num_passes=3),
     "stateful, cyclic": around("gpt", training_solver="cyclic", num_passes=3, num_groups=2),
     "stateful, as by default": around(
         "gpt", training_solver="cyclic", num_no_grad_passes=2, num_passes=1, num_groups=2
@@ -167,24 +166,6 @@ def test_drawing_the_number_of_passes_breaks_the_graph_there_and_nowhere_else():
     assert "StatefulGPTModel.draw_from" in reason
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("share", [True, False])
-def test_compiled_too_all_passes_share_their_dropout_masks_if_they_should(share):
-    torch.manual_seed(0)
-    # With a fusion that is still zero, passes differ in their masks alone.
-    model = around("dropout", feedback="correction", num_passes=3, share_dropout_masks=share)().train()
-    compiled = torch.compile(model, backend="aot_eager")
-    inputs = {"input_ids": tokens(2, 9)}
-    expected, gradients = step(model, model, **inputs)
-    outputs, compiled_gradients = step(model, compiled, **inputs)
-    assert (outputs.pass_losses.std() < 1e-6) == share
-    torch.testing.assert_close(outputs.pass_losses, expected.pass_losses, **CLOSE)
-    torch.testing.assert_close(compiled_gradients, gradients, **CLOSE)
-    breaks = torch._dynamo.explain(model)(**inputs, labels=inputs["input_ids"]).break_reasons
-    assert bool(breaks) == share
-    assert {reason.user_stack[-1].name for reason in breaks} <= {"run"}
-
-
 # Evaluation and decoding
 
 
@@ -265,17 +246,6 @@ def test_inductor_trains_as_eager_mode_does():
     outputs, compiled_gradients = step(model, compiled, **inputs)
     torch.testing.assert_close(outputs.loss, expected.loss, **CLOSE)
     torch.testing.assert_close(compiled_gradients, gradients, **CLOSE)
-
-
-@NEEDS_A_COMPILER
-@pytest.mark.exhaustive
-def test_inductor_shares_dropout_masks_among_passes():
-    torch.manual_seed(0)
-    model = around("dropout", feedback="correction", num_passes=3, share_dropout_masks=True)().train()
-    compiled = torch.compile(model)
-    losses = torch.stack([compiled(input_ids=tokens(2, 9), labels=tokens(2, 9)).pass_losses for _ in range(2)])
-    torch.testing.assert_close(losses, losses[:, :1].expand(-1, 3), **CLOSE)
-    assert (losses[0] - losses[1]).abs().min() > 1e-4
 
 
 @pytest.mark.client("torch", "`torch.compile` of decoding with a static cache")

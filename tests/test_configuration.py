@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from typing import get_args
 
 import pytest
@@ -43,7 +44,6 @@ def test_sizes_and_numbers_of_passes_are_at_least_one(name):
         ("attention_dropout", [-0.1, 1.1, NAN, INF], "between 0 and 1"),
         ("hidden_dropout", [-0.1, 1.1, NAN, INF], "between 0 and 1"),
         ("feedback_noise", [-0.1, NAN, INF], "at least 0 and finite"),
-        ("prefix_mixin", [-0.1, 1.1, NAN, INF], "between 0 and 1"),
         ("tolerance", [-0.1, NAN, INF], "at least 0 and finite"),
     ],
 )
@@ -166,7 +166,6 @@ FEEDBACKS = st.fixed_dictionaries(
         "num_no_grad_passes": st.sampled_from([0, 3]),
         "pass_probabilities": st.sampled_from([None, [1.0], [0.0, 0.25, 0.75]]),
         "feedback_noise": st.sampled_from([0.0, 3.0]),
-        "prefix_mixin": FRACTIONS,
         "prefill_passes": st.sampled_from([None, 1]),
         "tolerance": st.sampled_from([0.0, 1e-12, 10.0]),
     },
@@ -186,7 +185,7 @@ def test_what_makes_sense_is_accepted_and_survives_saving(decoder, feedback):
 
 OF_AN_EARLIER_VERSION = """{
   "architectures": ["StatefulGPTForCausalLM"],
-  "decode_mode": "solved", "detach_between_passes": false, "dtype": "float32", "feedback": "correction",
+  "decode_mode": "solved", "detach_between_passes": true, "dtype": "float32", "feedback": "correction",
   "feedback_noise": 0.0, "feedback_source": "hidden_state", "model_type": "stateful_gpt", "num_groups": 8,
   "num_no_grad_passes": 0, "num_passes": 2, "pass_probabilities": null, "pass_seed": 0, "prefill_passes": null,
   "prefix_mixin": 0.0, "share_dropout_masks": false, "solver": "cyclic", "tolerance": 0.0,
@@ -200,9 +199,14 @@ OF_AN_EARLIER_VERSION = """{
 }"""
 
 
-def test_a_configuration_of_an_earlier_version_is_read_as_it_was(tmp_path):
+def test_a_configuration_of_an_earlier_version_is_read_as_it_was(tmp_path, caplog):
     (tmp_path / "config.json").write_text(OF_AN_EARLIER_VERSION)
-    config = AutoConfig.from_pretrained(tmp_path)
+    logger = logging.getLogger("transformers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logger, "propagate", True)
+        config = AutoConfig.from_pretrained(tmp_path)
+    assert "This version has no detach_between_passes. Training goes without" in caplog.text
+    assert not hasattr(config, "detach_between_passes")
     text = config.text_config
     assert (text.n_embd, text.n_layer, text.vocab_size, text.use_cache) == (32, 2, 50, False)
     assert (config.hidden_size, config.use_cache, config.tie_word_embeddings) == (32, False, False)

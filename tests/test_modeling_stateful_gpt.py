@@ -648,7 +648,6 @@ def test_token_by_token_training_refuses_checkpointed_activations():
 SCHEMES = {
     "jacobi": {"training_solver": "jacobi"},
     "cyclic": {"training_solver": "cyclic"},
-    "cyclic, shared masks": {"training_solver": "cyclic", "share_dropout_masks": True},
     "as by default": {"training_solver": "cyclic", "num_no_grad_passes": 2, "num_passes": 1},
     "solved": {"training_solver": "cyclic", "num_no_grad_passes": None, "num_passes": 1},
     "solved by Jacobi": {"training_solver": "jacobi", "num_no_grad_passes": None, "num_passes": 2},
@@ -661,7 +660,7 @@ SCHEMES = {
     st.lists(st.integers(0, 3), min_size=1, max_size=2),
     st.sampled_from(["eager", "sdpa"]),
 )
-@example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, "cyclic, shared masks", [0, 2], "sdpa")
+@example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, "cyclic", [0, 2], "sdpa")
 def test_checkpointed_activations_change_neither_what_is_trained_nor_its_gradient(drawn, scheme, pads, attention):
     ids, mask, _ = padded(len(pads), 9, pads, "right")
     found = []
@@ -717,7 +716,7 @@ def test_padding_changes_neither_training_passes_nor_their_gradients(drawn, sche
     st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=2),
     st.sampled_from([0, 1, 20]),
 )
-@example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, "cyclic, shared masks", [[5, 4], [9]], 0)
+@example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, "cyclic", [[5, 4], [9]], 0)
 @example({"backbone": "llama", "feedback": "glu", "dtype": torch.float64}, "cyclic", [[5, 4]], 1)
 def test_packing_changes_neither_training_passes_nor_their_gradients(drawn, scheme, rows, begin):
     length = max(map(sum, rows))
@@ -857,37 +856,27 @@ def test_the_loss_follows_transformers_normalisation_over_accumulated_batches():
     torch.testing.assert_close(halves, model(ids, labels=ids).loss)
 
 
-def test_gradients_go_through_the_passes_unless_detached():
-    ids = tokens(2, 9)
+def test_gradients_go_through_the_passes():
+    ids, model = tokens(2, 9), train()
+    embeds = model.get_input_embeddings()(ids).detach()
 
-    def gradients(model):
-        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    def gradients(loss):
         model.zero_grad()
-        model(inputs_embeds=embeds, labels=ids).loss.backward()
+        loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    through, detached = gradients(train()), gradients(train(detach_between_passes=True))
-    plain_passes = []
-    model = train()
-    previous = None
+    inputs, losses = embeds, []
     for _ in range(3):
-        # The detached recipe by hand: every pass is a plain batch whose inputs are constants.
-        model.zero_grad()
-        e = model.get_input_embeddings()(ids).detach()
-        inputs = e
-        if previous is not None:
-            inputs = torch.cat([e[:, :1], model.model.feedback(e[:, 1:], previous[:, :-1])], dim=1)
         h = model.model.language_model(inputs_embeds=inputs).last_hidden_state
-        previous = h.detach()
-        model.loss_function(model.lm_head(h), ids, VOCAB).backward()
-        plain_passes.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    cyclic = gradients(train(detach_between_passes=True, training_solver="cyclic", num_groups=1))
-    for name, gradient in detached.items():
-        torch.testing.assert_close(cyclic[name], gradient)
-        by_hand = sum(passed.get(name, torch.zeros(())) for passed in plain_passes) / 3
-        torch.testing.assert_close(gradient, by_hand)
-    name = "model.feedback.value.weight"
-    assert not torch.allclose(through[name], detached[name])
+        losses.append(model.loss_function(model.lm_head(h), ids, VOCAB))
+        inputs = torch.cat([embeds[:, :1], model.model.feedback(embeds[:, 1:], h[:, :-1])], dim=1)
+    expected = gradients(sum(losses) / 3)
+    for config in ({}, {"training_solver": "cyclic", "num_groups": 1}):
+        model.config.update(config)
+        got = gradients(model(inputs_embeds=embeds, labels=ids).loss)
+        assert got.keys() == expected.keys()
+        for name, gradient in got.items():
+            torch.testing.assert_close(gradient, expected[name])
 
 
 def test_pass_counts_are_drawn_from_their_probabilities_and_reproducible(tmp_path):
@@ -916,58 +905,6 @@ def test_pass_counts_are_drawn_from_their_probabilities_and_reproducible(tmp_pat
     assert set(counts) == {1, 2, 3}
 
 
-def test_detached_cyclic_passes_pass_on_no_gradient_but_within_themselves():
-    ids = tokens(2, 9)
-    for detach in (True, False):
-        model = train(training_solver="cyclic", num_groups=3, detach_between_passes=detach)
-        embeds = model.get_input_embeddings()(ids).detach()
-        factor, seen = torch.ones((), dtype=embeds.dtype, requires_grad=True), []
-        forward = model.model.language_model.forward
-
-        def first_scaled(*args, inputs_embeds, forward=forward, factor=factor, seen=seen, **kwargs):
-            seen.append(len(seen))
-            inputs_embeds = inputs_embeds * factor if len(seen) == 1 else inputs_embeds
-            return forward(*args, inputs_embeds=inputs_embeds, **kwargs)
-
-        with torch.no_grad():
-            model.model.probe()
-        model.model.language_model.forward = first_scaled
-        passes = model.model(inputs_embeds=embeds).pass_hidden_states
-        (through,) = torch.autograd.grad(passes[1].sum(), factor, allow_unused=True, retain_graph=True)
-        assert (through is None or through == 0) == detach
-        # Within a pass, what the first group computed is read by the second.
-        (within,) = torch.autograd.grad(passes[2][:, 1].sum(), model.model.feedback.value.weight)
-        assert within.abs().max() > 0
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_cyclic_passes_share_their_dropout_masks_from_the_second_on(share):
-    model = train(share_dropout_masks=share, training_solver="cyclic", num_groups=3, num_passes=6)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
-    for name in ("weight", "bias"):
-        getattr(model.model.feedback.value, name).data.zero_()
-    # Keys and values of the groups after are of the pass before, so that each layer takes a pass to settle.
-    *_, fifth, sixth = model.model(tokens(2, 9)).pass_hidden_states
-    assert torch.equal(fifth, sixth) == share
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_dropout_masks_are_the_same_in_every_pass_if_shared(share):
-    model = train(share_dropout_masks=share)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
-    # Without feedback the passes differ by their dropout masks alone.
-    for name in ("weight", "bias"):
-        getattr(model.model.feedback.value, name).data.zero_()
-    first, second, third = model.model(tokens(2, 9)).pass_hidden_states
-    assert torch.equal(first, second) == torch.equal(first, third) == share
-    again = model.model(tokens(2, 9)).pass_hidden_states[0]
-    assert not torch.equal(first, again), "the next batch has masks of its own"
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_noise_is_added_to_what_is_fed_back_only_in_training(solver):
     ids = tokens(2, 9)
@@ -982,19 +919,6 @@ def test_noise_is_added_to_what_is_fed_back_only_in_training(solver):
     torch.testing.assert_close(noisy.eval()(ids).logits, clean.eval()(ids).logits)
 
 
-def test_a_plain_prefix_reads_no_state():
-    ids = tokens(64, 9)
-    mixed, clean = train(prefix_mixin=1.0), train()
-    torch.manual_seed(1)
-    first, second, _ = mixed.model(ids).pass_hidden_states
-    plain, fed, _ = clean.model(ids).pass_hidden_states
-    assert torch.equal(first, plain)
-    same_as_plain = (second == plain).all(-1).long().cummin(1).values.sum(1)
-    assert set(same_as_plain.tolist()) == set(range(1, 10)), "prefixes of every length"
-    whole = [row for row, n in enumerate(same_as_plain) if n == 1]
-    torch.testing.assert_close(second[whole], fed[whole])
-
-
 def test_padding_in_training_leaves_gradients_finite_and_equal():
     ids, mask, (real,) = padded(1, 7, [4], "left")
     ones = torch.ones(1, 7, dtype=torch.long)
@@ -1007,11 +931,10 @@ def test_padding_in_training_leaves_gradients_finite_and_equal():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(share):
+def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointed in (False, True):
-        model = train(share_dropout_masks=share)
+        model = train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.2
@@ -1146,7 +1069,6 @@ def test_what_is_no_plain_language_model_is_refused_as_a_backbone():
         ({"decode_mode": "fast"}, "decode_mode 'fast' does not exist; choose from .*'plain_prompt', 'solved'"),
         ({"num_groups": 0}, "num_groups is 0; it must be at least 1"),
         ({"num_no_grad_passes": -1}, "num_no_grad_passes is -1; it must be at least 0"),
-        ({"prefix_mixin": 1.5}, "prefix_mixin is 1.5; it must be between 0 and 1"),
         ({"feedback_noise": -1.0}, "feedback_noise is -1.0; it must be at least 0 and finite"),
         ({"tolerance": -1.0}, "must be at least 0"),
         ({"tolerance": float("nan")}, "must be at least 0"),

@@ -198,7 +198,7 @@ def test_presets_of_the_same_size_have_the_same_number_of_parameters(layers, mlp
 EVERYTHING_RANDOM = [
     "--preset=stateful", "--dropout=0.1", "--stateful_config",
     json.dumps({
-        "pass_probabilities": [0.4, 0.3, 0.3], "feedback_noise": 0.02, "prefix_mixin": 0.3, "share_dropout_masks": True,
+        "pass_probabilities": [0.4, 0.3, 0.3], "feedback_noise": 0.02,
     }),
 ]  # fmt: skip
 

@@ -68,7 +68,6 @@ MODES: dict[str, dict] = {
     "2 passes": passes("jacobi", 2),
     "2 passes, gradient through the last": passes("jacobi", 1, 1),
     "3 passes": passes("jacobi", 3),
-    "3 passes, detached": passes("jacobi", 3, detach_between_passes=True),
     "3 passes, gradient through the last": passes("jacobi", 1, 2),
     "2 cyclic passes": passes("cyclic", 2),
     "3 cyclic passes": passes("cyclic", 3),

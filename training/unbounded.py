@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import IO, Any
 
 import numpy as np
@@ -193,8 +192,8 @@ def check_recurrent(model: PreTrainedModel) -> None:
             f"The feedback's training_solver is {config.training_solver!r}, whose passes over the sequence need all of "
             f"it at once. Use training_solver='sequential', feedback=None, or train on blocks of text."
         )
-    if has_feedback(model) and (config.feedback_noise or config.prefix_mixin):
-        raise ValueError("Unbounded context takes the feedback as it is: leave out feedback_noise and prefix_mixin.")
+    if has_feedback(model) and config.feedback_noise:
+        raise ValueError("Unbounded context takes the feedback as it is: leave out feedback_noise.")
 
 
 def has_feedback(model: PreTrainedModel) -> bool:
@@ -435,7 +434,6 @@ def backward_through_time(
     chunk_size: int,
     attention_mask: torch.Tensor | None = None,
     num_items_in_batch: int | torch.Tensor | None = None,
-    offload: bool = False,
     progress: Progress | None = None,
 ) -> torch.Tensor:
     """Adds to every parameter's `.grad` the gradient of the mean loss over whole documents, and returns that loss.
@@ -448,19 +446,15 @@ def backward_through_time(
         chunk_size: tokens of a piece, whose activations are in memory together. Any number does.
         attention_mask: `[B, T]`, 0 on padding.
         num_items_in_batch: what the sum of the losses is divided by; by default, the number of tokens with a loss.
-        offload: keep the states that must be stored at the beginnings of pieces on disk instead of in memory.
         progress: where to keep, from time to time, how far it has come.
 
     Raises:
-        ValueError: for a model with other layers, no tokens, `labels` of another shape, a `chunk_size` below 1, or
-            `offload` with `progress`.
+        ValueError: for a model with other layers, no tokens, `labels` of another shape, or a `chunk_size` below 1.
         RuntimeError: if running backwards does not lead to the state at the beginning; the gradients would be wrong.
     """
     batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
     progress, dtype = progress or Progress(), torch.promote_types(model.dtype, torch.float32)
-    if offload and progress.folder is not None:
-        raise ValueError("States that are offloaded do not outlive the process: leave out offload or progress.")
-    with (TemporaryFile if offload else BytesIO)() as file:
+    with BytesIO() as file:
         layers = batch.layers()
         for layer in rewindable(layers):
             layer.words = Words()
