@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Three for two cores: they wait for processes that they start.
 PARALLEL := -n 3 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test test-all test-oldest test-newest lint .venv-newest/test
+.PHONY: demo docs test test-all test-oldest test-newest lint .venv-newest/test
 
 demo: $(VENV)/demo
 	$(BIN)/python training/compare.py --arms gpt stateful --num_hidden_layers 2 --max_steps 300 --output_dir runs/demo
@@ -16,6 +16,10 @@ demo: $(VENV)/demo
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest $(PARALLEL) --junitxml $(VENV)/tests.xml
 	$(BIN)/python tests/compatibility.py $(VENV)/tests.xml --check
+
+# The pages under docs/ as a site, in site/. Reads the package's sources and imports nothing, so torch is not installed.
+docs: .venv-docs/docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 # With what is slow by nature, and many more examples, which differ from run to run.
 test-all: $(VENV)/test lint
@@ -54,4 +58,11 @@ $(VENV)/test: pyproject.toml constraints.txt
 .venv-newest/test: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --no-compile --upgrade --upgrade-strategy eager --editable ".[training,test]"
+	touch $@
+
+# What the extra "docs" asks for, and not the package itself.
+.venv-docs/docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(@D)/requirements.txt
+	$(@D)/bin/pip install --quiet --no-compile --constraint constraints.txt --requirement $(@D)/requirements.txt
 	touch $@

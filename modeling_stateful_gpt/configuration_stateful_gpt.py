@@ -76,24 +76,24 @@ class StatefulGPTConfig(PreTrainedConfig):
             load-balancing loss, too (`output_router_logits`). `from_backbone` chooses what computes the same.
 
     Training:
-        training_solver: how the passes are made, a key of `SOLVERS` in `solvers.py`: `"jacobi"`, `"cyclic"`, or
-            `"sequential"`, token by token with backpropagation through time.
-        num_passes: passes over a training batch. The first is plain, each further one reads the states of the pass
-            before, shifted by one. The loss is the mean over all passes.
-        num_no_grad_passes: further passes, without gradient and loss, before those. With None there are as many as
-            solve the recurrence to `tolerance`, without dropout and noise. The passes with gradient then go over all
-            positions at once, and what is trained is what evaluation computes.
-        pass_probabilities: in place of `num_passes`, the probability of 1, 2, … passes, drawn for each batch from
-            `pass_seed` and the number of batches so far: the same on every process, and after a resume.
-        feedback_noise: standard deviation of Gaussian noise on the states that are fed back.
+        - `training_solver`: how the passes are made, a key of `SOLVERS` in `solvers.py`: `"jacobi"`, `"cyclic"`, or
+          `"sequential"`, token by token with backpropagation through time.
+        - `num_passes`: passes over a training batch. The first is plain, each further one reads the states of the pass
+          before, shifted by one. The loss is the mean over all passes.
+        - `num_no_grad_passes`: further passes, without gradient and loss, before those. With None there are as many as
+          solve the recurrence to `tolerance`, without dropout and noise. The passes with gradient then go over all
+          positions at once, and what is trained is what evaluation computes.
+        - `pass_probabilities`: in place of `num_passes`, the probability of 1, 2, … passes, drawn for each batch from
+          `pass_seed` and the number of batches so far: the same on every process, and after a resume.
+        - `feedback_noise`: standard deviation of Gaussian noise on the states that are fed back.
 
     Evaluation:
-        decode_mode: what prompts and other sequences of more than one token go through, a key of `DECODE_MODES`.
-        prefill_passes: their passes in the mode `"passes"`; by default as many as in training.
-        solver: how the recurrence is solved in the mode `"solved"`, a key of `SOLVERS` in `solvers.py`.
-        num_groups: groups of positions in a pass of the cyclic solver, in evaluation and training.
-        tolerance: how much an element may differ from the solution, in units of the root mean square of its state, as
-            far as that can be estimated. Unless it is 0, at least 8 times what rounding does to a state.
+        - `decode_mode`: what prompts and other sequences of more than one token go through, a key of `DECODE_MODES`.
+        - `prefill_passes`: their passes in the mode `"passes"`; by default as many as in training.
+        - `solver`: how the recurrence is solved in the mode `"solved"`, a key of `SOLVERS` in `solvers.py`.
+        - `num_groups`: groups of positions in a pass of the cyclic solver, in evaluation and training.
+        - `tolerance`: how much an element may differ from the solution, in units of the root mean square of its state,
+          as far as that can be estimated. Unless it is 0, at least 8 times what rounding does to a state.
     """
 
     model_type = "stateful_gpt"

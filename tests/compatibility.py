@@ -1,8 +1,8 @@
-"""Writes the README's table of what works with what, from the results of the tests that are marked `client`.
+"""Writes the table of docs/compatibility.md, from the results of the tests that are marked `client`.
 
     pytest -n 2 --junitxml report.xml
-    python tests/compatibility.py report.xml          # writes the table into README.md
-    python tests/compatibility.py report.xml --check  # fails if the README says something else
+    python tests/compatibility.py report.xml          # writes the table into docs/compatibility.md
+    python tests/compatibility.py report.xml --check  # fails if the page says something else
 
 A row says yes if each of its tests passed, with some of its parameters at least, and none failed, in the environment
 that this runs in.
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/compatibility.md"
 BEGIN, END = "<!-- tests/compatibility.py wrote this -->\n", "<!-- to here -->\n"
 
 
@@ -29,7 +29,7 @@ def table(report: Path) -> str:
     rows: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         module, _, cls = case.attrib["classname"].removeprefix("tests.").partition(".")
-        test = f"[`{cls or case.attrib['name'].partition('[')[0]}`](tests/{module}.py)"
+        test = f"[`{cls or case.attrib['name'].partition('[')[0]}`](../tests/{module}.py)"
         for mark in case.iterfind("properties/property[@name='client']"):
             rows.setdefault(tuple(mark.attrib["value"].split("\t")), []).append((test, outcome(case)))
     lines = ["| package | version | use | works | shown by |", "|---|---|---|---|---|"]
@@ -50,7 +50,7 @@ def main() -> None:
         "--check", action="store_true", help="change nothing; fail if the table is not that of the report"
     )
     arguments = parser.parse_args()
-    before = README.read_text()
+    before = PAGE.read_text()
     start, end = before.index(BEGIN) + len(BEGIN), before.index(END)
     written, generated = before[start:end], table(arguments.report)
     if written == generated:
@@ -58,11 +58,11 @@ def main() -> None:
     if arguments.check:
         lines = set(written.splitlines()) ^ set(generated.splitlines())
         sys.exit(
-            "The README's table is not what the tests say. Lines that differ:\n"
+            "The table of docs/compatibility.md is not what the tests say. Lines that differ:\n"
             + "\n".join(sorted(lines))
             + f"\nTo write it: python tests/compatibility.py {arguments.report}"
         )
-    README.write_text(before[:start] + generated + before[end:])
+    PAGE.write_text(before[:start] + generated + before[end:])
 
 
 if __name__ == "__main__":
