@@ -540,7 +540,8 @@ def last_hidden_state_layer(cache: Cache, text_config: PreTrainedConfig) -> Last
                 f"it. Begin with an empty one: DynamicCache(config=model.config)."
             )
         layer = LastHiddenStateLayer()
-        layer.room = next((other.max_cache_len for other in cache.layers if isinstance(other, StaticLayer)), None)
+        rooms = [other.max_cache_len for other in cache.layers if isinstance(other, StaticLayer)]
+        layer.room = rooms[0] if rooms else None
         layer.record_past = any(getattr(other, "record_past", False) for other in cache.layers)
         cache.layers.append(layer)
     let_refuse_as_one(cache)
