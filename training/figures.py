@@ -25,7 +25,7 @@ from benchmark_solvers import errors_by_pass
 from benchmark_unbounded import floating_drift
 from data import sample_blocks
 from tqdm.auto import tqdm
-from train import build_model, load_model, parse, prepare_data, run_command, train
+from train import load_model, parse, prepare_data, run_command, train
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from modeling_stateful_gpt.gate_loop import chunk_gate_loop, gate_loop, recurrent_gate_loop, scan_gate_loop
@@ -72,7 +72,7 @@ def save(figure: pyplot.Figure, path: Path) -> None:
     text = io.StringIO()
     figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})
     pyplot.close(figure)
-    svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", text.getvalue())
+    svg = re.sub(r"(\d+\.\d\d)\d{3,}", r"\1", text.getvalue())
     path.write_text(re.sub(r"M (\S+) (\S+) \nL (\S+) \2 \nL \3 (\S+) \nL \1 \4 \nz\n", r"M\1 \2H\3V\4H\1z", svg))
 
 
@@ -108,7 +108,7 @@ def attention(models: Trained, figures: Path) -> Table:
     models.gpt.set_attn_implementation("eager")
     ids = torch.tensor([models.tokenizer(SENTENCE)["input_ids"]])
     weights = models.gpt(ids, output_attentions=True, use_cache=False).attentions[-1][0]
-    figure, axes = pyplot.subplots(1, len(weights), figsize=(12, 3.7), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(weights), figsize=(12, 3.6), layout="constrained", sharey=True)
     letters = [character.replace(" ", "␣") for character in SENTENCE]
     for head, (panel, values) in enumerate(zip(axes, weights.numpy(), strict=True), start=1):
         future = np.triu(np.ones_like(values, dtype=bool), 1)
@@ -130,23 +130,6 @@ def attention(models: Trained, figures: Path) -> Table:
     for i, name in enumerate(names):
         cells = [f"{by_word[0][i, j]:.2f} ({by_word[1][i, j]:.2f})" if j <= i else "0" for j in range(len(names))]
         table.append([name, *cells])
-    return table
-
-
-def kept(models: Trained, figures: Path) -> Table:
-    """Bytes that a decoder of the same sizes keeps for the next token."""
-    table = [["decoder", "after 16 tokens", "after 64", "after 256"]]
-    for preset in ("gpt", "stateful", "gateloop", "reversible"):
-        given = parse([*OPTIONS, "--preset", preset, "--output_dir", "unused"])
-        set_seed(0)
-        model = build_model(given[0], given[1], models.tokenizer, seed=0).eval()
-        cells = []
-        for length in (16, 64, 256):
-            ids = torch.zeros(1, length, dtype=torch.long)
-            cache = model(ids, use_cache=True, **({"num_passes": 1} if preset == "stateful" else {})).past_key_values
-            tensors = [z for layer in cache.layers for z in vars(layer).values() if isinstance(z, torch.Tensor)]
-            cells.append(f"{sum(z.numel() * z.element_size() for z in tensors):,}")
-        table.append([f"`{preset}`", *cells])
     return table
 
 
@@ -288,7 +271,7 @@ def reversible(models: Trained, figures: Path) -> Table:
         table[0].append(f"{name}: error")
         for row, error in zip(table[1:], errors, strict=True):
             row.append(f"{error:.0e}")
-    axes.axhline(1e-17, color="black", label="fixed point: 0")
+    axes.axhline(1e-19, color="black", label="fixed point: 0")
     axes.set(xlabel="steps forwards and back", ylabel="largest error of the state")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -297,7 +280,7 @@ def reversible(models: Trained, figures: Path) -> Table:
 
 
 PARTS: dict[str, Callable[[Trained, Path], Table]] = {
-    part.__name__: part for part in (scale, attention, kept, losses, passes, contraction, chunks, reversible)
+    part.__name__: part for part in (scale, attention, losses, passes, contraction, chunks, reversible)
 }
 
 
