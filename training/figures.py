@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from benchmark_solvers import errors_by_pass
+from benchmark_solvers import error, errors_by_pass
 from benchmark_unbounded import floating_drift
 from data import sample_blocks
 from tqdm.auto import tqdm
@@ -64,7 +64,8 @@ def trained(folder: Path) -> Trained:
             sys.exit(1)
         models.append(load_model(str(folder / preset)).eval())
     blocks = sample_blocks(data().validation, 8)
-    return Trained(*models, data().tokenizer, torch.tensor(blocks["input_ids"]))
+    gpt, stateful = models
+    return Trained(gpt, stateful, data().tokenizer, torch.tensor(blocks["input_ids"]))
 
 
 def save(figure: pyplot.Figure, path: Path) -> None:
@@ -76,7 +77,7 @@ def save(figure: pyplot.Figure, path: Path) -> None:
     path.write_text(re.sub(r"M (\S+) (\S+) \nL (\S+) \2 \nL \3 (\S+) \nL \1 \4 \nz\n", r"M\1 \2H\3V\4H\1z", svg))
 
 
-def squares(axes: Axes, values: np.ndarray, levels: list[float], top: float = 0) -> None:
+def squares(axes: Axes, values: np.ndarray, levels: list[float], top: int = 0) -> None:
     """Draws a matrix `[rows, columns]`, row `top` above, in a colour from each of the `levels` on; NaN is left out."""
     level = np.where(np.isnan(values), 0, np.digitize(values, levels))
     for number, colour in enumerate(COLOURS(np.linspace(0, 1, len(levels))), start=1):
@@ -174,7 +175,7 @@ def passes(models: Trained, figures: Path) -> Table:
 
 def settled(errors: list[float], first: int = 1) -> str:
     """The pass from which on all are below 1e-4, where the first of them is of pass `first`."""
-    return str(first + max((i + 1 for i, error in enumerate(errors) if error >= 1e-4), default=0))
+    return str(first + max((i + 1 for i, off in enumerate(errors) if off >= 1e-4), default=0))
 
 
 def residuals(model: PreTrainedModel, ids: torch.Tensor, groups: int, number: int) -> list[float]:
@@ -186,30 +187,25 @@ def residuals(model: PreTrainedModel, ids: torch.Tensor, groups: int, number: in
 
 
 def contraction(models: Trained, figures: Path) -> Table:
-    """What passes do, in fp64, where the value that the fusion makes of the state is multiplied by a factor."""
-    model, ids = copy.deepcopy(models.stateful).double(), models.texts[:1]
+    """What passes do where the value that the fusion makes of the state is multiplied by a factor."""
+    ids = models.texts[:1]
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
-    table = [
-        [
-            "factor",
-            "residual of pass 4",
-            "of pass 8",
-            "of pass 32",
-            "below 1e-4 from pass",
-            "… cyclic",
-            "the solver `jacobi`",
-        ]
-    ]
-    for factor, last in ((0.25, 1), (0.5, 0.25), (1, 0.5), (4, 1)):
-        for z in model.model.feedback.value.parameters():
-            z.mul_(factor / last)
+    table = [["factor", "residual of pass 4", "of pass 8", "of pass 32", "below 1e-4 from pass", "… cyclic"]]
+    table[0] += ["the solver `jacobi`", "`cyclic` from stepping, fp64", "… fp32"]
+    for factor, shade in ((0.25, 0), (0.5, 0.3), (1, 0.6), (4, 0.8), (64, 0.95)):
+        model, single = copy.deepcopy(models.stateful).double(), copy.deepcopy(models.stateful)
+        for z in (*model.model.feedback.value.parameters(), *single.model.feedback.value.parameters()):
+            z.mul_(factor)
         changes = residuals(model, ids, 1, ids.shape[1] + 1)
-        colour = COLOURS({0.25: 0, 0.5: 0.3, 1: 0.6, 4: 0.9}[factor])
-        axes.semilogy(range(2, len(changes) + 2), np.clip(changes, 1e-15, None), color=colour, label=f"factor {factor}")
+        heights = np.clip(changes, 1e-15, None)
+        axes.semilogy(range(2, len(changes) + 2), heights, color=COLOURS(shade), label=f"factor {factor}")
         needed = [settled(changes, first=2), settled(residuals(model, ids, 8, 18), first=2)]
-        solved = model.model(ids, solver="jacobi", use_cache=False)
-        start = f"{solved.passes} passes" if solved.stepped_from is None else f"stepped from {solved.stepped_from}"
-        table.append([str(factor), *(f"{changes[n - 2]:.0e}" for n in (4, 8, 32)), *needed, start])
+        jacobi = model.model(ids, solver="jacobi", use_cache=False)
+        needed.append(f"{jacobi.passes} passes" if jacobi.stepped_from is None else f"steps from {jacobi.stepped_from}")
+        for network in (model, single):
+            solved, exact = (network.model(ids, solver=name, use_cache=False) for name in ("cyclic", "sequential"))
+            needed.append(f"{error(solved.last_hidden_state, exact.last_hidden_state).max():.0e}")
+        table.append([str(factor), *(f"{changes[n - 2]:.0e}" for n in (4, 8, 32)), *needed])
     axes.set(xlabel="Jacobi pass", ylabel="residual")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -265,12 +261,12 @@ def reversible(models: Trained, figures: Path) -> Table:
     set_seed(0)
     cell = ReversibleCell(64, 32)
     for dtype in (torch.float32, torch.float64):
-        steps, errors = floating_drift(cell, dtype, lengths[-1])
+        _, errors = floating_drift(cell, dtype, lengths[-1])
         name = str(dtype).removeprefix("torch.")
-        axes.loglog(steps, errors, "o-", color=COLOURS(0.2 if name == "float32" else 0.7), label=name)
+        axes.loglog(lengths, errors, "o-", color=COLOURS(0.2 if name == "float32" else 0.7), label=name)
         table[0].append(f"{name}: error")
-        for row, error in zip(table[1:], errors, strict=True):
-            row.append(f"{error:.0e}")
+        for row, off in zip(table[1:], errors, strict=True):
+            row.append(f"{off:.0e}")
     axes.axhline(1e-19, color="black", label="fixed point: 0")
     axes.set(xlabel="steps forwards and back", ylabel="largest error of the state")
     axes.grid(alpha=0.3)
