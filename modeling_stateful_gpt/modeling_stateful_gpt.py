@@ -81,7 +81,7 @@ from .modeling_gateloop import (
     read_mask,
 )
 from .probe import PROBE_LENGTH, Probe, probe_recurrence, steps_apart
-from .solvers import SOLVERS, Solution, State, groups, sequential
+from .solvers import SOLVERS, Solution, State, forget_casts, groups, sequential
 
 logger = logging.get_logger(__name__)
 
@@ -666,6 +666,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             )
         kind = TrainingRecurrence if training else LanguageModelRecurrence
         recurrence = kind(self, inputs_embeds, attention_mask, position_ids, past_key_values, initial_states, **kwargs)
+        forget_casts()  # Of the probe.
         if training:
             solution = self.train_passes(recurrence, num_passes, solver or self.config.training_solver)
             # Heads other than ours see one state for each token. A loss on any pass is on average the mean over all;

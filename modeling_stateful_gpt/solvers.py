@@ -150,11 +150,20 @@ def jacobi(recurrence: Recurrence, *args, **kwargs) -> Solution:
     return cyclic(recurrence, *args, **{**kwargs, "num_groups": 1})
 
 
+def forget_casts() -> None:
+    """In older versions of torch (seen: 2.8), autocast keeps weights that it has cast without gradient. What comes next
+    with gradient would get them, and leave the weights without."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()
+
+
 def fixed_passes(recurrence: Recurrence, passes: int, num_groups: int, num_no_grad_passes: int) -> Solution:
     states: torch.Tensor | None = None
     every_pass: list[torch.Tensor] = []
     with_gradients = torch.is_grad_enabled()
     for number in range(num_no_grad_passes + passes):
+        if number == num_no_grad_passes:
+            forget_casts()
         with torch.set_grad_enabled(with_gradients and number >= num_no_grad_passes):
             if num_groups == 1:
                 states = recurrence.sweep(states)

@@ -879,6 +879,16 @@ def test_gradients_go_through_the_passes():
             torch.testing.assert_close(gradient, expected[name])
 
 
+@pytest.mark.parametrize("num_no_grad_passes", [2, None])
+def test_passes_without_gradient_take_none_from_those_with_it_under_autocast(num_no_grad_passes):
+    """Older versions of torch give a later product the weights that an earlier one has cast without gradient."""
+    model = stateful("llama", torch.float32, num_no_grad_passes=num_no_grad_passes).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
 def test_pass_counts_are_drawn_from_their_probabilities_and_reproducible(tmp_path):
     probabilities = [0.5, 0.3, 0.2]
 
