@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 
 from .compat import (
     CacheLayerMixin,
+    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -165,8 +166,9 @@ class StateLayer(CacheLayerMixin):
         raise NotImplementedError
 
 
-class LastHiddenStateLayer(StateLayer):
-    """The state that the next step feeds back, as one more layer behind the language model's own.
+class LastHiddenStateLayer(StateLayer, DummyLayer):
+    """The state that the next step feeds back, as one more layer behind the language model's own. To transformers it is
+    a `DummyLayer`: one that says nothing of how long the masks of attention are.
 
     `keys` holds the states `[B, 1, T, D]` and `values`, `[B, 1, T, 1]`, whether there is one: a sequence that so far is
     only left padding has none. T is 1, or more while the past is recorded.
@@ -176,12 +178,6 @@ class LastHiddenStateLayer(StateLayer):
     is_sliding = False
     keys: torch.Tensor | None
     values: torch.Tensor | None
-    room: int | None = None
-    """The tokens that the static layers before it have room for. transformers passes over some of those when it looks
-    for the layer that says how long a mask is, and finds this one."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.room or super().get_mask_sizes(query_length)[0], 0
 
     def reset(self) -> None:
         super().reset()
@@ -540,8 +536,6 @@ def last_hidden_state_layer(cache: Cache, text_config: PreTrainedConfig) -> Last
                 f"it. Begin with an empty one: DynamicCache(config=model.config)."
             )
         layer = LastHiddenStateLayer()
-        rooms = [other.max_cache_len for other in cache.layers if isinstance(other, StaticLayer)]
-        layer.room = rooms[0] if rooms else None
         layer.record_past = any(getattr(other, "record_past", False) for other in cache.layers)
         cache.layers.append(layer)
     let_refuse_as_one(cache)

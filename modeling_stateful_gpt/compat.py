@@ -59,6 +59,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+try:
+    from transformers.cache_utils import DummyLayer
+except ImportError:  # An older version does not look for it either.
+
+    class DummyLayer:  # type: ignore[no-redef]
+        """A layer that says nothing of how long the masks of attention are."""
+
+
 HOOKS = {
     GenerationMixin: (
         "_assisted_decoding",
@@ -93,6 +101,7 @@ __all__ = [
     "CACHE",
     "ROPE_INIT_FUNCTIONS",
     "CacheLayerMixin",
+    "DummyLayer",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "GenerationMode",

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 MANY_LOGITS = 2**24
-"""A pass that nobody sees the logits of does not hold more of them than this."""
+"""A pass with more logits than this, which nobody sees, does not hold them all."""
 
 TOKENS_AT_A_TIME = 256
-"""It then computes those of so many tokens at a time. In the backward pass each time adds to the gradient of the whole
+"""It computes those of so many tokens at a time. In the backward pass each time adds to the gradient of the whole
 head, which takes longer than the products themselves if the tokens are few."""
 
 IGNORED = -100
@@ -79,7 +79,8 @@ def make_head(text_config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def has_many_logits(hidden_states: torch.Tensor, vocab_size: int) -> bool:
-    return hidden_states[..., 0].numel() * vocab_size > MANY_LOGITS
+    tokens = hidden_states[..., 0].numel()
+    return tokens > TOKENS_AT_A_TIME and tokens * vocab_size > MANY_LOGITS
 
 
 def loss_in_chunks(

@@ -117,7 +117,7 @@ def cyclic(
     The first pass takes all positions at once, from the first guess. In each further pass the groups run in order, and
     each reads the freshest states, keys and values of all earlier positions: those of the groups before it are of this
     pass. So a state travels `num_groups` positions in a pass, and the first `num_groups · (k - 1)` positions are exact
-    after k passes.
+    after k passes. (To a tolerance, the second pass takes all positions at once, too: one pass later.)
 
     With `passes=None`, it goes on until no element will change by more than `tolerance` times its state's root mean
     square, as estimated from how fast the changes shrink. A prefix for which that is so already is not computed again.

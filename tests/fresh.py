@@ -11,9 +11,6 @@ import types
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
-
 ROOT = Path(__file__).parents[1]
 OUTPUTS = TemporaryDirectory(prefix="fresh_")
 
@@ -93,6 +90,10 @@ def run_fresh(*arguments, **kwargs) -> str:
 def run_fresh_ranks(config: str, script: Path, *arguments) -> str:
     """The processes that `accelerate launch --config_file training/CONFIG SCRIPT ARGUMENTS` would start; what the first
     one prints."""
+    # It reads Hugging Face's variables when it is imported, and an interpreter that begins imports this file.
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}

@@ -10,9 +10,11 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate_steps import hybrid, solve, steps
 from fresh import run_fresh, run_fresh_ranks
+from packaging import version
 from safetensors.torch import load_file
 from tiny import few, stateful, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +28,15 @@ TRAINING = TESTS.parent / "training"
 
 
 STEPS = TESTS / "accelerate_steps.py"
+
+OLD_FSDP = pytest.mark.skipif(
+    version.parse(torch.__version__) < version.parse("2.13.dev0"),
+    reason="with torch 2.8, losses of FSDP2 are off by 1e-4 after five steps",
+)
+OLD_TRANSFORMERS = version.parse(transformers.__version__) < version.parse("5.16")
+OLD_DEVICE_MAP = pytest.mark.skipif(
+    OLD_TRANSFORMERS, reason="before transformers 5.16, a device map wants a place for the counter of batches"
+)
 
 
 def launch(config, script, *options):
@@ -66,7 +77,7 @@ def test_accumulated_batches_of_unequal_token_counts_are_one_batch(one_process, 
     [
         (launch, "two_cpu_processes.yaml", "few_steps", 1),
         pytest.param(run_fresh_ranks, "two_cpu_processes.yaml", "steps", 1, marks=pytest.mark.exhaustive),
-        (run_fresh_ranks, "fsdp2.yaml", "steps", 0.5),
+        pytest.param(run_fresh_ranks, "fsdp2.yaml", "steps", 0.5, marks=OLD_FSDP),
     ],
     ids=["launch", "ddp", "fsdp2"],
 )
@@ -124,6 +135,7 @@ def runs(tmp_path_factory):
     return one, two
 
 
+@OLD_FSDP
 def test_train_py_with_fsdp2_gives_the_run_of_one_process(runs):
     one, two = runs
     assert (two / "run/checkpoint-4/pytorch_model_fsdp.bin").exists(), "this was not FSDP"
@@ -189,6 +201,7 @@ def most_of(model):
     return int(0.6 * model.get_memory_footprint())
 
 
+@OLD_DEVICE_MAP
 @pytest.mark.client("accelerate", '`device_map="auto"` with offload to disk')
 @torch.no_grad()
 @pytest.mark.parametrize("name", few(MODELS, ["stateful hybrid", "stateful llama"]))
@@ -206,6 +219,7 @@ def test_a_model_larger_than_memory_computes_the_same_from_disk(name, limit, pla
         )
 
 
+@OLD_DEVICE_MAP
 def test_remote_code_computes_the_same_from_disk(tmp_path):
     models = {name: MODELS[name]() for name in ("stateful hybrid", "hybrid")}
     arguments = []
@@ -319,7 +333,8 @@ def test_data_parallel_refuses_stateful_gpt(two_devices):
 @pytest.mark.parametrize("model", [lambda: hybrid(), lambda: stateful("llama", feedback=None)], ids=["hybrid", "plain"])
 def test_data_parallel_computes_the_same_without_feedback(model, two_devices):
     model, ids = model().train(), tokens(4, 6)
-    whole, parts = model(ids, labels=ids), TwoReplicas(model)(input_ids=ids, labels=ids)
+    more = {"use_cache": False} if OLD_TRANSFORMERS else {}  # Whose caches of states cannot be gathered.
+    whole, parts = model(ids, labels=ids), TwoReplicas(model)(input_ids=ids, labels=ids, **more)
     torch.testing.assert_close(parts.logits, whole.logits)
     torch.testing.assert_close(parts.loss.mean(), whole.loss)
     parts.loss.mean().backward()

@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    StaticCache,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -106,12 +107,17 @@ def test_windows_are_kept_in_groups_of_positions(name, attention, past, length, 
 HYBRIDS = ["bamba", "falcon_h1", "lfm2", "mamba2", "qwen3_next"]
 
 
-@pytest.mark.parametrize("model_type", few(HYBRIDS, ["falcon_h1", "qwen3_next"]))
-def test_padding_anywhere_leaves_the_states_of_a_hybrid_as_they_are(model_type):
+def with_feedback(model_type: str) -> StatefulGPTForCausalLM:
     model = StatefulGPTForCausalLM.from_backbone(small_model(model_type)).eval()
     with torch.no_grad():
         for parameter in model.model.feedback.parameters():
             parameter.add_(0.04 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("model_type", few(HYBRIDS, ["falcon_h1", "qwen3_next"]))
+def test_padding_anywhere_leaves_the_states_of_a_hybrid_as_they_are(model_type):
+    model = with_feedback(model_type)
     tokens, following = ids(1, 7), ids(1, 3, seed=1)
 
     def in_a_row(where: list[int]) -> dict[str, torch.Tensor]:
@@ -143,11 +149,25 @@ def test_padding_anywhere_leaves_the_states_of_a_hybrid_as_they_are(model_type):
 
 
 @pytest.mark.parametrize("model_type", few([*HYBRIDS, "zamba2"], ["falcon_h1"]))
-def test_a_hybrid_generates_with_a_static_cache_what_it_generates_without(model_type):
-    model = StatefulGPTForCausalLM.from_backbone(small_model(model_type)).eval()
-    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    expected = model.generate(ids(2, 7), **how)
-    got = model.generate(ids(2, 7), **how, cache_implementation="static", disable_compile=True)
+def test_a_hybrid_computes_with_a_static_cache_what_it_computes_without(model_type):
+    model = with_feedback(model_type)
+    tokens, mask = ids(2, 16), torch.ones(2, 16, dtype=torch.long)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        for pieces in ([13, 3], [5, 8, 1, 2]):
+            for solver in ("jacobi", "sequential"):
+                found = []
+                for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=20)):
+                    logits, end = [], 0
+                    for piece in tokens.split(pieces, 1):
+                        end += piece.shape[1]
+                        how = {"attention_mask": mask[:, :end], "past_key_values": cache, "solver": solver}
+                        logits.append(model(piece, **how).logits)
+                    found.append(torch.cat(logits, 1)[mask.bool()])
+                torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
+    expected = model.generate(tokens, **how)
+    got = model.generate(tokens, **how, cache_implementation="static", disable_compile=True)
     assert torch.equal(got, expected)
 
 

@@ -103,8 +103,9 @@ def checkpoint(tmp_path):
 
 
 def test_the_python_snippets_run_where_only_the_wheel_is_installed(clean_python, checkpoint, tmp_path):
-    snippets = [code for page in PAGES for code in blocks("python", [page])]
-    assert len(snippets) > 7
+    pages = {page.name: "\n".join(blocks("python", [page])) for page in PAGES}
+    assert sum(len(code) > 0 for code in pages.values()) > 8
+    snippets = [f"exec(compile({code!r}, {name!r}, 'exec'), {{}})" for name, code in pages.items()]
     check = "import modeling_stateful_gpt, importlib.util\nprint(modeling_stateful_gpt.__file__)\n"
     check += "assert not any(map(importlib.util.find_spec, ('pytest', 'trl', 'datasets', 'matplotlib')))\n"
     script = tmp_path / "snippets.py"
@@ -205,6 +206,10 @@ def anchors(page):
     """Of its headings, as GitHub makes them; of one that is there twice, the first place."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
     return [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+def test_there_are_links():
+    assert sum(len(links(page)) for page in PAGES) > 200
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

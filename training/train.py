@@ -1114,11 +1114,11 @@ def check_options(arguments: TrainArguments) -> None:
     if arguments.torch_compile:
         with trying("--torch_compile_backend and --torch_compile_mode"):
             torch.compile(nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
-    with trying("--gradient_checkpointing_kwargs"):
+    with trying("--gradient_checkpointing_kwargs or --activation_checkpointing_kwargs"):
         given = {"use_reentrant": False, **(arguments.gradient_checkpointing_kwargs or {})}
         for name in ("every_n_layers", "offload"):  # The model takes these for itself.
             given.pop(name, None)
-        checkpointed(nn.Identity(), torch.zeros(1), **given)
+        checkpointed(nn.Identity(), torch.zeros(1, requires_grad=True), **given)
 
 
 def check_trainer(trainer: SteppingTrainer) -> None:
