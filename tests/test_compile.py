@@ -6,15 +6,13 @@ from itertools import product
 
 import pytest
 import torch
-from packaging import version
-from tiny import BACKBONES, FUSIONS, JACOBI, LLAMA_LIKE, few, stateful, tokens
+from tiny import BACKBONES, FUSIONS, JACOBI, LLAMA_LIKE, OLD_TORCH, few, stateful, tokens
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, GPT2Config, LlamaConfig
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
 
-OF_TODAY = version.parse(torch.__version__) >= version.parse("2.13.dev0")
-pytestmark = pytest.mark.skipif(not OF_TODAY, reason="older versions of torch break graphs elsewhere")
+pytestmark = pytest.mark.skipif(OLD_TORCH, reason="older versions of torch break graphs elsewhere")
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -15,6 +15,8 @@ from transformers.dependency_versions_table import deps
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
 
+OLD_TORCH = Version(torch.__version__) < Version("2.13.dev0")
+
 VOCAB = 50
 NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 LLAMA_LIKE = {

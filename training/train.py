@@ -1071,7 +1071,7 @@ def checksums(
         sums["tokenizer"] = tokenizer_checksum(data.tokenizer)
     if model_arguments.model_name_or_path:
         sums["base_weights"] = tensors_checksum(dict(model.named_parameters()))
-        configurations = [model.config, *([model.generation_config] if model.generation_config else [])]
+        configurations = filter(None, (model.config, model.generation_config))
         sums["base_config"] = hashlib.sha256("".join(map(computation, configurations)).encode()).hexdigest()
     return sums
 

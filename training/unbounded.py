@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -138,14 +138,14 @@ def refill(layer, held: dict[str, Any]) -> None:
 
 
 class Boundaries:
-    """A stack, in `file`, of the layers that cannot be run backwards, as they were before each piece.
+    """A stack of the layers that cannot be run backwards, as they were before each piece.
 
     As bytes: thousands of small tensors that stay, allocated among large ones that go, would leave memory in pieces of
     which the large ones cannot be made again.
     """
 
-    def __init__(self, file: IO[bytes]):
-        self.file, self.starts = file, array("q")
+    def __init__(self):
+        self.file, self.starts = BytesIO(), array("q")
 
     def push(self, layers: list) -> None:
         data = safetensors.torch.save(*pack([contents(layer) for layer in layers]))
@@ -454,38 +454,37 @@ def backward_through_time(
     """
     batch = Batch(model, input_ids, labels, chunk_size, attention_mask, num_items_in_batch)
     progress, dtype = progress or Progress(), torch.promote_types(model.dtype, torch.float32)
-    with BytesIO() as file:
-        layers = batch.layers()
-        for layer in rewindable(layers):
-            layer.words = Words()
-        total = torch.zeros((), device=input_ids.device)
-        reading = progress.begin(batch, "unbounded", Reading(layers, Boundaries(file), [None] * len(layers), total))
-        with torch.no_grad():
-            for start in pieces(batch.starts, reading.forwards, "forwards"):
-                if kept := [z for z in reading.layers if not isinstance(z, RewindableLayer)]:
-                    reading.boundaries.push(kept)
-                reading.total += batch.read(start, reading.layers)
-                reading.forwards += 1
-                progress.save(batch, reading)
-        for layer in rewindable(reading.layers):
-            layer.backwards = True
-        reading.layers = [z if isinstance(z, RewindableLayer) else None for z in reading.layers]
-        for start in pieces(batch.starts[::-1], reading.backwards, "backwards"):
-            kept = [z for z in batch.layers() if not isinstance(z, RewindableLayer)]
-            stored = iter(reading.boundaries.pop(kept) if kept else [])
-            layers = [next(stored) if z is None else z for z in reading.layers]
-            before = [open_to_gradients(layer, dtype) for layer in layers]
-            loss = batch.read(start, layers)
-            after = [getattr(layer, carrier_of(layer)) for layer in layers]
-            pairs = zip(after, reading.gradients, strict=True)
-            known = [(z, g) for z, g in pairs if g is not None and z is not None and z.requires_grad]
-            torch.autograd.backward([loss, *(z for z, _ in known)], [None, *(g for _, g in known)])
-            reading.gradients = [None if z is None else z.grad for z in before]
-            for layer in rewindable(layers):
-                layer.carrier = None
-            reading.layers = [z if isinstance(z, RewindableLayer) else None for z in layers]
-            reading.backwards += 1
+    layers = batch.layers()
+    for layer in rewindable(layers):
+        layer.words = Words()
+    total = torch.zeros((), device=input_ids.device)
+    reading = progress.begin(batch, "unbounded", Reading(layers, Boundaries(), [None] * len(layers), total))
+    with torch.no_grad():
+        for start in pieces(batch.starts, reading.forwards, "forwards"):
+            if kept := [z for z in reading.layers if not isinstance(z, RewindableLayer)]:
+                reading.boundaries.push(kept)
+            reading.total += batch.read(start, reading.layers)
+            reading.forwards += 1
             progress.save(batch, reading)
+    for layer in rewindable(reading.layers):
+        layer.backwards = True
+    reading.layers = [z if isinstance(z, RewindableLayer) else None for z in reading.layers]
+    for start in pieces(batch.starts[::-1], reading.backwards, "backwards"):
+        kept = [z for z in batch.layers() if not isinstance(z, RewindableLayer)]
+        stored = iter(reading.boundaries.pop(kept) if kept else [])
+        layers = [next(stored) if z is None else z for z in reading.layers]
+        before = [open_to_gradients(layer, dtype) for layer in layers]
+        loss = batch.read(start, layers)
+        after = [getattr(layer, carrier_of(layer)) for layer in layers]
+        pairs = zip(after, reading.gradients, strict=True)
+        known = [(z, g) for z, g in pairs if g is not None and z is not None and z.requires_grad]
+        torch.autograd.backward([loss, *(z for z, _ in known)], [None, *(g for _, g in known)])
+        reading.gradients = [None if z is None else z.grad for z in before]
+        for layer in rewindable(layers):
+            layer.carrier = None
+        reading.layers = [z if isinstance(z, RewindableLayer) else None for z in layers]
+        reading.backwards += 1
+        progress.save(batch, reading)
     progress.end()
     states = [layer.state for layer in rewindable(reading.layers)]
     if any(state.any() for state in states):
