@@ -23,9 +23,9 @@ def test_a_checkpoint_of_an_earlier_version_computes_the_same(folder, tmp_path):
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), "no weight is missing, left over or of another shape"
     real = mask.bool()
-    for model in (model.eval(), saved_again(model, tmp_path)):
+    for loaded in (model.eval(), saved_again(model, tmp_path)):
         with torch.no_grad():
-            again = model(ids, attention_mask=mask).logits
+            again = loaded(ids, attention_mask=mask).logits
         torch.testing.assert_close(again[real], logits[real], atol=1e-5, rtol=1e-5)
 
 
