@@ -23,13 +23,12 @@ from .agreement import Agreement, verify_agreement
 from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import StatefulGPTConfig
 from .conversion import convert_gateloop_transformer, convert_simple_gate_loop_layer
+from .gateloop_layer import GateLoopLayer, SimpleGateLoopLayer
 from .modeling_gateloop import (
     GateLoopForCausalLM,
     GateLoopForSequenceClassification,
     GateLoopForTokenClassification,
-    GateLoopLayer,
     GateLoopModel,
-    SimpleGateLoopLayer,
 )
 from .modeling_stateful_gpt import (
     StatefulGPTForCausalLM,

@@ -10,7 +10,7 @@ import sys
 import torch
 from transformers import DynamicCache
 
-from .cache import LastHiddenStateLayer
+from .cache_layers import LastHiddenStateLayer
 
 
 def write_gateloop_rows(model_type: str) -> None:

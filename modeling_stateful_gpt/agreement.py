@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .modeling_stateful_gpt import ROUNDINGS, StatefulGPTForCausalLM, evaluation_mode
+from .backbone import evaluation_mode
+from .evaluation import ROUNDINGS
+from .modeling_stateful_gpt import StatefulGPTForCausalLM
+from .probe import probe, why_no_groups
 from .solvers import lost_states, relative_change
 
 
@@ -76,7 +79,7 @@ def verify_agreement(
         raise ValueError(f"input_ids is {list(input_ids.shape)}; a text of at least two tokens is needed.")
     with evaluation_mode(model):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        floor = model.model.probe(len(input_ids)).rounding_floor  # Not a part of what is timed.
+        floor = probe(model.model.backbone, len(input_ids)).rounding_floor  # Not a part of what is timed.
         began = time.perf_counter()
         solver = "cyclic" if model.config.solver == "sequential" else model.config.solver
         solved = model(**inputs, decode_mode="solved", solver=solver)
@@ -87,7 +90,7 @@ def verify_agreement(
     change = relative_change(solved.states, stepped.states, real)
     lost = lost_states(solved.states, real) | lost_states(stepped.states, real)
     change = change.masked_fill(lost, torch.inf)[real]
-    if solver == "cyclic" and (why := model.model.why_no_groups(len(input_ids))) is not None:
+    if solver == "cyclic" and (why := why_no_groups(model.model.backbone, len(input_ids))) is not None:
         solver = f"jacobi ({why})"
     predicts = (real[:, 1:] & real[:, :-1]).to(solved.logits.device)
     ours, theirs = (

@@ -8,14 +8,9 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .cache import LastHiddenStateLayer, can_reorder, gather_slots, past_length, reorder_slots
-from .compat import CACHE
-from .modeling_gateloop import of_new_tokens
-
-
-def first_of_sequence(position_ids: torch.Tensor) -> torch.Tensor:
-    """`[B, T]`: where a packed sequence begins. Whatever does not follow its predecessor is another sequence."""
-    return (position_ids == 0) | nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
+from .cache import can_reorder, can_scatter, gather_slots, past_length
+from .cache_layers import LastHiddenStateLayer
+from .timeline import first_of_sequence, of_new_tokens
 
 
 class Alignment:
@@ -40,11 +35,11 @@ class Alignment:
     def align_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         return attention_mask
 
-    def restore_cache(self, cache: Cache) -> None:
-        """There is none where sequences are packed."""
+    def restore_states(self, layer: LastHiddenStateLayer) -> None:
+        """There is no cache where sequences are packed."""
 
     def restore_output(self, output) -> None:
-        """Restores what a forward returns, and what it has written to its cache."""
+        """Restores what a forward returns."""
         output.last_hidden_state = self.restore(output.last_hidden_state)
         for name in ("pass_hidden_states", "hidden_states", "router_logits"):
             if output.get(name) is not None:
@@ -53,8 +48,6 @@ class Alignment:
             output.attentions = tuple(
                 a if a is None else self.restore(self.restore(a, 2), 3) for a in output.attentions
             )
-        if (cache := getattr(output, CACHE)) is not None:
-            self.restore_cache(cache)
 
 
 class PaddingAlignment(Alignment):
@@ -77,10 +70,6 @@ class PaddingAlignment(Alignment):
     def align_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         new = of_new_tokens(attention_mask, self.past, self.order.shape[1])
         return torch.cat([attention_mask[:, : self.past], self.align(new)], dim=1)
-
-    def restore_cache(self, cache: Cache) -> None:
-        reorder_slots(cache, self.places, self.past)
-        self.restore_states(cache.layers[-1])
 
     def restore_states(self, layer: LastHiddenStateLayer) -> None:
         """What a layer has recorded: after each slot, the state of the last token up to there."""
@@ -116,15 +105,15 @@ class PackingAlignment(Alignment):
         super().__init__(following.clamp(max=slots.shape[1] - 1), places)
 
 
-def find_alignment(
+def find_group_alignment(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     cache: Cache | None,
     shape: torch.Size,
     num_groups: int,
 ) -> Alignment | None:
-    """The alignment that a batch of `shape` `[B, T]` needs; None where the tokens of each row are one sequence from its
-    first slot on, and where their order cannot be changed (a 4-D mask, another cache)."""
+    """The alignment that groups of positions need in a batch of `shape` `[B, T]`; None where the tokens of each row are
+    one sequence from its first slot on, and where their order cannot be changed (a 4-D mask, another cache)."""
     length = shape[1]
     if num_groups == 1:
         return None
@@ -133,7 +122,7 @@ def find_alignment(
         if position_ids is None or cache is not None or torch.compiler.is_exporting():
             return None
         return find_packing(position_ids.expand(shape), num_groups)
-    if attention_mask.ndim != 2 or (cache is not None and not can_reorder(cache)):
+    if attention_mask.ndim != 2 or (cache is not None and not can_scatter(cache)):
         return None
     return find_padding(attention_mask, int(past_length(cache)), length, padding_first=False)
 
@@ -151,3 +140,29 @@ def find_padding(attention_mask: torch.Tensor, past: int, length: int, padding_f
 def find_packing(position_ids: torch.Tensor, num_groups: int) -> Alignment | None:
     """Not compiled: how many places it takes depends on where the sequences begin."""
     return PackingAlignment(position_ids, num_groups) if first_of_sequence(position_ids)[:, 1:].any() else None
+
+
+def find_state_alignment(
+    name: str,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    length: int,
+) -> Alignment | None:
+    """The alignment that a model of class `name` needs, whose layers with a state have read all that is behind them: no
+    padding may be behind a token."""
+    if attention_mask is None:
+        if position_ids is not None and cache is None and first_of_sequence(position_ids)[:, 1:].any():
+            raise ValueError(
+                f"{name} has layers with a state, which packed sequences would share. Give each sequence a row."
+            )
+        return None
+    if attention_mask.ndim != 2:
+        return None
+    alignment = find_padding(attention_mask, int(past_length(cache)), length, padding_first=True)
+    if alignment is not None and cache is not None and not can_reorder(cache):
+        raise ValueError(
+            f"{name} has layers with a state, and others whose past cannot be put in another order. With a cache, "
+            f"its padding must be on the left (tokenizer.padding_side='left')."
+        )
+    return alignment

@@ -4,22 +4,26 @@
 from .compat import ROPE_INIT_FUNCTIONS, RopeParameters, allow_layer_types
 
 # isort: split
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
 from .adapters import write_gateloop_rows
-from .ranges import check_name, check_ranges, check_rope
+from .gateloop_layer import TRANSITIONS
+from .mlp import MLPS
+from .ranges import CheckedConfig, check_name, check_ranges, check_rope
+from .reversible import FORMS
+from .token_mixers import TOKEN_MIXERS
 
-# The keys of the tables that the fields look up, in files that need a configuration and so cannot be imported here.
-NAMES = {
-    "layer_types": ("full_attention", "gateloop", "reversible", "rwkv"),
-    "state_transition": ("complex", "signed", "positive", "cartesian"),
-    "reversible_form": ("additive", "forgetting"),
+NAMES: dict[str, Collection[str]] = {
+    "layer_types": TOKEN_MIXERS,
+    "state_transition": TRANSITIONS,
+    "reversible_form": FORMS,
     "position_embedding_type": ("rope", "none"),
-    "mlp_type": ("gelu", "swiglu"),
+    "mlp_type": MLPS,
 }
+"""What the fields may say."""
 
 if TYPE_CHECKING:
     # Transformers imports a folder's code under the folder's name and a hash of the files it finds imported. With this
@@ -28,24 +32,24 @@ if TYPE_CHECKING:
 
 
 @strict
-class GateLoopConfig(PreTrainedConfig):
+class GateLoopConfig(CheckedConfig):
     r"""
     A pre-norm decoder. `layer_types` names each layer's token mixer; with `"full_attention"` everywhere, the default,
     it is a plain GPT.
 
     Args:
-        layer_types: one entry per layer, each a key of `TOKEN_MIXERS` in `modeling_gateloop.py`: `"full_attention"`,
+        layer_types: one entry per layer, each a key of `TOKEN_MIXERS` in `token_mixers.py`: `"full_attention"`,
             `"gateloop"`, `"reversible"` or `"rwkv"`, in any mixture.
         gateloop_num_heads: heads of the GateLoop layers, each with one transition and a state of
             `(hidden_size / gateloop_num_heads)²` numbers; as many as channels by default.
         state_transition: what the GateLoop layers multiply their state by: `"complex"`, `"signed"` (real), `"positive"`
-            or `"cartesian"`, a key of `TRANSITIONS` in `modeling_gateloop.py`.
+            or `"cartesian"`, a key of `TRANSITIONS` in `gateloop_layer.py`.
         gateloop_output_norm: a LayerNorm over what the GateLoop layers read from their state.
         reversible_form: how the reversible layers change their state: `"additive"` or `"forgetting"`, a key of `FORMS`
             in `reversible.py`.
         num_key_value_heads: fewer than `num_attention_heads` for grouped-query attention.
         position_embedding_type: `"rope"`, or `"none"`: no positions but those that the causal mask implies.
-        mlp_type: `"gelu"` or `"swiglu"`, a key of `MLPS` in `modeling_gateloop.py`; `mlp_bias`: whether it has biases.
+        mlp_type: `"gelu"` or `"swiglu"`, a key of `MLPS` in `mlp.py`; `mlp_bias`: whether it has biases.
         hidden_dropout: dropout on the embeddings and on what each block adds to the residual stream.
     """
 
@@ -72,6 +76,7 @@ class GateLoopConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    classifier_dropout: float | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -107,7 +112,7 @@ class GateLoopConfig(PreTrainedConfig):
     def validate_architecture(self):
         check_ranges(self)
         if self.rope_parameters:
-            check_rope(self.rope_parameters, {"default", *ROPE_INIT_FUNCTIONS})
+            check_rope(self.rope_parameters, {"default", *ROPE_INIT_FUNCTIONS}, self.head_dim)
         for field, allowed in NAMES.items():
             value = getattr(self, field)
             for name in value if isinstance(value, list) else [value]:
@@ -142,5 +147,5 @@ class GateLoopConfig(PreTrainedConfig):
             )
 
 
-allow_layer_types(NAMES["layer_types"])
+allow_layer_types(tuple(TOKEN_MIXERS))
 GateLoopConfig.register_for_auto_class()

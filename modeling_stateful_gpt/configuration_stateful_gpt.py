@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .adapters import write_stateful_rows
 from .configuration_gateloop import GateLoopConfig
 from .feedback import FUSIONS, linear_layers
-from .ranges import check_name, check_ranges
+from .ranges import CheckedConfig, check_name, check_ranges
 from .solvers import SOLVERS
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def make_text_config(model_type: str = GateLoopConfig.model_type, **fields) -> P
 
 
 @strict
-class StatefulGPTConfig(PreTrainedConfig):
+class StatefulGPTConfig(CheckedConfig):
     r"""
     Args:
         text_config: the language model's own configuration, any decoder of transformers or a `GateLoopConfig`
@@ -119,6 +119,7 @@ class StatefulGPTConfig(PreTrainedConfig):
     solver: str = "cyclic"
     num_groups: int = 8
     tolerance: float = 1e-4
+    classifier_dropout: float | None = None
 
     def __post_init__(self, **kwargs):
         given = self.text_config
@@ -157,7 +158,7 @@ class StatefulGPTConfig(PreTrainedConfig):
 
     def to_dict(self):
         fields = super().to_dict()
-        fusion = [] if self.feedback is None else [f"feedback.{name}" for name in linear_layers(self.feedback)]
+        fusion = [] if self.feedback not in FUSIONS else [f"feedback.{name}" for name in linear_layers(self.feedback)]
         write_stateful_rows(self.model_type, self.text_config.model_type, fusion)
         return fields | {name: copy.deepcopy(getattr(self, name)) for name in READ_THROUGH if hasattr(self, name)}
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 
 from .configuration_gateloop import GateLoopConfig
-from .modeling_gateloop import GateLoopForCausalLM, SimpleGateLoopLayer
+from .gateloop_layer import SimpleGateLoopLayer
+from .modeling_gateloop import GateLoopForCausalLM
 
 # What that package adds to the norm of a vector before it divides by it, as our RMSNorm counts it.
 EPS = 1e-24

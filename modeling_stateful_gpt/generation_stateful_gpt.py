@@ -54,6 +54,15 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
                 processors[number].model = partial(self, **how)
         return processors
 
+    def _get_candidate_generator(self, **kwargs):
+        if (
+            assistant := kwargs.get("assistant_model")
+        ) is not None and assistant.config.model_type != self.config.model_type:
+            # It knows nothing of how a recurrence is evaluated.
+            given = kwargs["model_kwargs"]
+            kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in EVALUATION}
+        return super()._get_candidate_generator(**kwargs)
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs(model_kwargs)
         if model_kwargs.get("initial_states") is not None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .license import LICENSE
 
@@ -19,6 +19,11 @@ class HubModel(PreTrainedModel):
     model_tags = ["custom_code"]
     # vLLM and SGLang run every class of which this is true, and carry keys and values only: the state would be lost.
     _supports_attention_backend = False
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        # What a constructor has checked may have been overridden since.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

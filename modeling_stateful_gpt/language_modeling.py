@@ -19,6 +19,9 @@ head, which takes longer than the products themselves if the tokens are few."""
 IGNORED = -100
 """The label where there is no loss."""
 
+LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+"""What language models call the weight of the load-balancing loss in the whole."""
+
 
 class GivenHiddenStates(nn.Module):
     """Takes the place of the decoder in a causal language model: the embeddings it is given are the last hidden states
@@ -116,3 +119,48 @@ def loss_in_chunks(
     positions = -(-TOKENS_AT_A_TIME // len(hidden_states))
     chunks = zip(hidden_states.split(positions, 1), shift_labels.split(positions, 1), strict=True)
     return torch.stack([checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def logits_and_losses(
+    model: PreTrainedModel, passes: list[torch.Tensor], labels: torch.Tensor | None, **kwargs
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The logits `[B, T, V]` of the last of the `passes`, hidden states `[B, T, D]` each, and if there are `labels` the
+    loss of every pass."""
+    losses = []
+    for hidden_states in passes:
+        if hidden_states is not passes[-1] and has_many_logits(hidden_states, model.config.vocab_size):
+            losses.append(loss_in_chunks(model, hidden_states, labels, **kwargs))
+            continue
+        logits = model.compute_logits(hidden_states)
+        if labels is not None:
+            losses.append(model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs))
+    return logits, losses
+
+
+def balancing_loss(
+    head: PreTrainedModel,
+    hidden_states: torch.Tensor,
+    router_logits: tuple[torch.Tensor, ...],
+    attention_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, float]:
+    """The load-balancing loss of a mixture of experts, as the language model's own head computes it (None where it
+    has none), and its weight.
+
+    Args:
+        hidden_states: `[B, T, D]`, the last ones.
+        router_logits: `[B, T, E]` for each layer that has experts.
+        attention_mask: as a forward has it.
+    """
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -hidden_states.shape[1] :] if attention_mask.ndim == 2 else None
+    routed = tuple(z.flatten(0, 1) for z in router_logits)
+    output = head(
+        inputs_embeds=hidden_states,
+        attention_mask=attention_mask,
+        router_logits=routed,
+        use_cache=False,
+        logits_to_keep=1,
+        output_router_logits=True,
+    )
+    weight = next((getattr(head, name) for name in LOSS_WEIGHTS if hasattr(head, name)), 0.0)
+    return output.get("aux_loss"), weight

@@ -1,24 +1,18 @@
 """What a short text shows of a language model: how far rounding moves its states, and how it can be run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
+from transformers import DynamicCache
 
+from .backbone import Backbone, Probe, evaluation_mode
+from .cache import can_scatter
+from .recurrence import LanguageModelRecurrence
 from .solvers import Recurrence, relative_change, sequential
 
 PROBE_LENGTH = 16
 """Tokens of the text, taken from all over the vocabulary."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """`rounding_floor`: the median over positions of the relative change (see `relative_change`) of a state whose input
-    moves by one unit in the last place; two evaluations in another order differ by as much. `refused`: why the language
-    model cannot be run on some positions at a time, None if it can."""
-
-    rounding_floor: float = 0.0
-    refused: str | None = None
 
 
 @torch.no_grad()
@@ -55,3 +49,61 @@ def steps_apart(recurrence: Callable[[torch.Tensor], Recurrence], embeds: torch.
     states = plain.sweep(None)
     change = relative_change(sequential(recurrence(embeds)).hidden_states, states, plain.real)
     return change.quantile(0.75).item()
+
+
+@torch.compiler.disable
+def probe(backbone: Backbone, batch: int = 1, device: torch.device | None = None) -> Probe:
+    """What a short text shows of the language model in the data type and attention at hand, found once for each.
+
+    Args:
+        batch: rows of the text, as adapters may be named for each row.
+        device: where the embeddings of a text are; by default that of their weights.
+    """
+    language_model, dtype = backbone.language_model, backbone.language_model.dtype
+    device = device or backbone.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    key = (language_model.config._attn_implementation, dtype)
+    if key not in backbone.traits.probed:
+        with evaluation_mode(language_model):
+            seen = probe_recurrence(*probe_text(backbone, batch, device), torch.finfo(dtype).eps)
+        backbone.traits.probed[key] = seen
+    return backbone.traits.probed[key]
+
+
+@torch.no_grad()
+def probe_text(
+    backbone: Backbone, batch: int, device: torch.device
+) -> tuple[Callable[[torch.Tensor], LanguageModelRecurrence], torch.Tensor]:
+    """The recurrence of a short text, from its embeddings, in which no state is read; and these, `[B, T, D]`."""
+    ids = torch.linspace(0, backbone.text_config.vocab_size - 1, PROBE_LENGTH).long().to(device).expand(batch, -1)
+    recurrence = partial(plain_recurrence, backbone, **backbone.inputs_of_tokens(ids, {}))
+    return recurrence, backbone.language_model.get_input_embeddings()(ids)
+
+
+def plain_recurrence(backbone: Backbone, embeds: torch.Tensor, **kwargs) -> LanguageModelRecurrence:
+    recurrence = LanguageModelRecurrence(backbone, torch.nn.Identity(), embeds, **kwargs)
+    recurrence.fuse = lambda e, h, has_previous: e  # type: ignore[method-assign]
+    recurrence.split = True
+    recurrence.in_lockstep = recurrence.sharded
+    return recurrence
+
+
+def steps_differ(backbone: Backbone) -> bool:
+    """Whether the language model, by itself, steps with a cache to other states than it reads a text to."""
+    floor = max(probe(backbone, 2).rounding_floor, torch.finfo(backbone.language_model.dtype).eps)
+    with evaluation_mode(backbone.language_model):
+        return steps_apart(*probe_text(backbone, 2, backbone.device)) > 64 * floor
+
+
+def why_no_groups(backbone: Backbone, batch: int = 1, device: torch.device | None = None) -> str | None:
+    """Why the language model cannot be run on some positions at a time, over keys and values written before; None where
+    it can. Arguments as in `probe`."""
+    config = backbone.language_model.config
+    if config._attn_implementation not in ("eager", "sdpa"):
+        return f"{config._attn_implementation} attention takes no such mask; eager and sdpa do"
+    if named := [name for name in ("alibi", "window_size") if getattr(config, name, None)]:
+        return f"its {named[0]} makes masks of its own"
+    if not can_scatter(DynamicCache(config=config)):
+        return "not every layer attends to the past"
+    return probe(backbone, batch, device).refused

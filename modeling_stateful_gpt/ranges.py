@@ -63,6 +63,16 @@ ROPE_RANGES = {
 """Of the entries of `rope_parameters`; of lists, for each number."""
 
 
+class CheckedConfig(PreTrainedConfig):
+    """A configuration whose numbers are checked wherever they are set: in its constructor, by the arguments of
+    `from_pretrained`, by hand."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in RANGES and isinstance(value, (int, float)) and not isinstance(value, bool):
+            check_number(name, value, RANGES[name])
+        super().__setattr__(name, value)
+
+
 def check_ranges(config: PreTrainedConfig) -> None:
     """Raises a ValueError for the first number of a configuration that is not in its range."""
     for name, allowed in RANGES.items():
@@ -73,7 +83,7 @@ def check_ranges(config: PreTrainedConfig) -> None:
             check_number(name, value, allowed)
 
 
-def check_rope(rope_parameters: dict[str, Any], types: Collection[str]) -> None:
+def check_rope(rope_parameters: dict[str, Any], types: Collection[str], head_dim: int) -> None:
     """Raises a ValueError for parameters of rotary positions that are not allowed."""
     for name, value in rope_parameters.items():
         if isinstance(value, dict):
@@ -84,6 +94,11 @@ def check_rope(rope_parameters: dict[str, Any], types: Collection[str]) -> None:
         if value is not None or name == "rope_theta":
             for number in value if isinstance(value, list) else [value]:
                 check_number(f"rope_parameters[{name!r}]", number, allowed)
+    pairs = int(head_dim * (rope_parameters.get("partial_rotary_factor") or 1.0)) // 2
+    for name in ("short_factor", "long_factor"):
+        value = rope_parameters.get(name)
+        if value is not None and not (isinstance(value, list) and len(value) == pairs):
+            raise ValueError(f"rope_parameters[{name!r}] is {value}; it must be a list of {pairs} numbers.")
 
 
 def check_number(name: str, value: Any, allowed: Range) -> None:

@@ -15,127 +15,24 @@ coupling: `s' = z s + u` is undone by subtracting and dividing, where the bits t
 A state is one tensor `[B, 2, R, S]`: two halves, S wide, of R rows (see `FORMS`).
 """
 
-import math
-from array import array
-
-import numpy as np
 import torch
 from torch import nn
 from transformers import initialization as init
 
 from .compat import maybe_autocast
-from .precision import FullPrecisionLinear
-
-FRACTION_BITS = 30
-"""The resolution is about 1e-9, and as an update is smaller than 1, 2^33 of them cannot overflow."""
-
-GATE_BITS = 10
-"""Of the gates by which a state is multiplied: the longest horizon but "for ever" is 1,024 steps."""
-
-WORD_BITS = 32
-FULL = 1 << 53
-"""What has been lost is written into a buffer as the digits of a number (the coder rANS of Duda 2013, arXiv 1311.2540).
-From here on, the next digits might not fit into an int64."""
-
-
-class Words:
-    """A stack of what has left the buffers of forgetting states, in words of `WORD_BITS` bits."""
-
-    def __init__(self) -> None:
-        self.bytes = bytearray()
-        self.steps = 0
-        self.moves = array("q")
-        """The steps after which words have left."""
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.bytes) + self.moves.itemsize * len(self.moves)
-
-    def push(self, buffers: torch.Tensor, leaving: torch.Tensor) -> None:
-        """A word of each buffer `[B, N]` where `leaving`: the words, then for each row that has any its places as a
-        mask, then those rows and their number."""
-        rows = leaving.any(-1).nonzero().flatten()
-        self.bytes += buffers[leaving].to("cpu", torch.int32).numpy().tobytes()
-        self.bytes += np.packbits(leaving[rows].cpu().numpy(), axis=1).tobytes()
-        self.bytes += np.append(rows.cpu().numpy(), len(rows)).astype(np.int32).tobytes()
-        self.moves.append(self.steps)
-
-    def take(self, number: int, dtype: type) -> torch.Tensor:
-        size = number * np.dtype(dtype).itemsize
-        taken: np.ndarray = np.frombuffer(self.bytes[len(self.bytes) - size :], dtype)
-        del self.bytes[len(self.bytes) - size :]
-        return torch.from_numpy(taken.astype(np.int64))
-
-    def pop(self, buffers: torch.Tensor) -> torch.Tensor:
-        """What `push` was given, from what it has left behind."""
-        self.moves.pop()
-        rows = self.take(int(self.take(1, np.int32)), np.int32)
-        width = -(-buffers.shape[1] // 8)
-        masks = np.unpackbits(self.take(len(rows) * width, np.uint8).numpy().astype(np.uint8)).reshape(len(rows), -1)
-        left = torch.zeros(buffers.shape, dtype=torch.bool)
-        left[rows] = torch.from_numpy(masks[:, : buffers.shape[1]]).bool()
-        words, left = self.take(int(left.sum()), np.uint32).to(buffers.device), left.to(buffers.device)
-        return buffers.masked_scatter(left, (buffers[left] << WORD_BITS) + words)
-
-
-def renormalize(buffers: torch.Tensor, words: Words | None) -> torch.Tensor:
-    """Buffers `[B, N]` after a step. Where one of a row is full, a word leaves all of that row that have more than one,
-    because to move many takes no longer than to move one. They are pushed onto `words`, if there are any."""
-    if words is not None:
-        words.steps += 1
-    if not torch.compiler.is_compiling() and buffers.max().item() < FULL:
-        return buffers
-    leaving = (buffers >= FULL).any(-1, keepdim=True) & (buffers >> WORD_BITS > 0)
-    if words is not None:
-        words.push(buffers, leaving)
-    return torch.where(leaving, buffers >> WORD_BITS, buffers)
-
-
-def undo_renormalize(buffers: torch.Tensor, words: Words) -> torch.Tensor:
-    if words.moves and words.moves[-1] == words.steps:
-        buffers = words.pop(buffers)
-    words.steps -= 1
-    return buffers
-
-
-def fixed_point(x: torch.Tensor) -> torch.Tensor:
-    """`x`, smaller than 2^33, as int64 multiples of 2^-`FRACTION_BITS`."""
-    return torch.mul(x, 2.0**FRACTION_BITS).round_().long()
-
-
-def floating_point(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return values.to(dtype).mul_(2.0**-FRACTION_BITS)
-
-
-def gate(z: torch.Tensor) -> torch.Tensor:
-    """`z`, from 0 to 1, as int64 multiples of 2^-`GATE_BITS`, at least one."""
-    return torch.mul(z, 2.0**GATE_BITS).round_().long().clamp_(min=1)
-
-
-Rows = tuple[torch.Tensor, ...]
-"""What is known of each unit of (a half of) a state, `[B, S]` each: its values, and if it forgets, its buffers."""
-
-
-def multiply(values: torch.Tensor, buffer: torch.Tensor, z: torch.Tensor) -> Rows:
-    """`z · values` for a gate `z` (see `gate`), and the buffers with the bits that are lost (MacKay et al. 2018,
-    section 4).
-
-    The lowest `GATE_BITS` bits of a value go into its buffer, the value is divided by 2^`GATE_BITS` and multiplied by
-    z; and as the result is then a multiple of z, it can take log2(z) bits from the buffer. So a step loses
-    `GATE_BITS - log2 z` bits for each unit.
-    """
-    full = torch.add(values & ((1 << GATE_BITS) - 1), buffer, alpha=1 << GATE_BITS)
-    buffer = full.div(z, rounding_mode="trunc")
-    rest = torch.addcmul(full, buffer, z, value=-1)
-    return torch.addcmul(rest, values >> GATE_BITS, z), buffer
-
-
-def divide(values: torch.Tensor, buffer: torch.Tensor, z: torch.Tensor) -> Rows:
-    """Undoes `multiply`."""
-    quotient = values.div(z, rounding_mode="floor")
-    rest = torch.addcmul(values, quotient, z, value=-1)
-    full = torch.addcmul(rest, buffer, z)
-    return torch.add(full & ((1 << GATE_BITS) - 1), quotient, alpha=1 << GATE_BITS), full >> GATE_BITS
+from .fixed_point import (
+    GATE_BITS,
+    Rows,
+    Words,
+    divide,
+    fixed_point,
+    floating_point,
+    gate,
+    multiply,
+    renormalize,
+    undo_renormalize,
+)
+from .linear import FullPrecisionLinear
 
 
 class Additive:
@@ -372,158 +269,6 @@ class Scan(torch.autograd.Function):
         return a_gradient, weight_gradient, torch.stack([g1, g2], 1), *[None] * 6
 
 
-@torch.no_grad()
-def accumulate(
-    u: torch.Tensor,
-    z: torch.Tensor,
-    state: torch.Tensor,
-    real: torch.Tensor | None = None,
-    starts: torch.Tensor | None = None,
-    words: Words | None = None,
-    backwards: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`s_t = z s_{t-1} + u_t` over T steps.
-
-    Args:
-        u: `[T, B, 2, S]`, what is written.
-        z: `[S]`, a gate for each channel (see `gate`).
-        state, real, starts, words, backwards: as those of `run`, with R = 2.
-
-    Returns:
-        As `run`.
-    """
-    check_direction(backwards, starts, words, rows=2)
-    values, buffer = state.unbind(2)
-    states, increments = torch.empty_like(u), fixed_point(u)
-    if real is not None:
-        increments.masked_fill_(~real[..., None], 0)
-    for t in reversed(range(len(u))) if backwards else range(len(u)):
-        gates = z if real is None else torch.where(real[t][..., None], z, 1 << GATE_BITS)
-        if backwards:
-            buffer = undo_renormalize(buffer.flatten(1), words).view_as(values)
-            states[t] = floating_point(values, u.dtype)
-            values, buffer = divide(values - increments[t], buffer, gates)
-            continue
-        if starts is not None:
-            values, buffer = empty_where(starts[t][:, None, None], (values, buffer))
-        values, buffer = multiply(values, buffer, gates)
-        buffer = renormalize(buffer.flatten(1), words).view_as(values)
-        values += increments[t]
-        states[t] = floating_point(values, u.dtype)
-    return states, torch.stack([values, buffer], 2)
-
-
-class Accumulation(torch.autograd.Function):
-    """`accumulate` with gradients, for gates `z` `[S]` in floating point."""
-
-    @staticmethod
-    def forward(ctx, u, z, carrier, state, real, starts, words, backwards):
-        gates = gate(z)
-        states, other = accumulate(u, gates, state, real, starts, words, backwards)
-        initial = floating_point((other if backwards else state)[:, :, 0], u.dtype)
-        ctx.save_for_backward(states, initial, gates.to(u.dtype) * 2.0**-GATE_BITS, real, starts)
-        ctx.mark_non_differentiable(other)
-        return states, other, states[-1].clone()
-
-    @staticmethod
-    def backward(ctx, states_gradient, _, final_gradient):
-        states, initial, z, real, starts = ctx.saved_tensors
-        before, u_gradient = torch.cat([initial[None], states[:-1]]), torch.empty_like(states)
-        z_gradient, total = torch.zeros_like(z), final_gradient
-        for t in reversed(range(len(states))):
-            u_gradient[t] = total = total + states_gradient[t]
-            kept = total if starts is None else total.masked_fill(starts[t][:, None, None], 0)
-            total = kept * z if real is None else torch.where(real[t][..., None], kept * z, kept)
-            if real is not None:
-                kept = kept.masked_fill(~real[t][..., None], 0)
-            z_gradient += (kept * before[t]).sum((0, 1))
-        if real is not None:
-            u_gradient.masked_fill_(~real[..., None], 0)
-        return u_gradient, z_gradient, total, *[None] * 5
-
-
-class KeyValueMemory(nn.Module):
-    """RWKV's memory (Peng et al. 2023, arXiv 2305.13048, section 3.1.2), rewritten so that it is read after it has been
-    written. In each channel, with a decay `z = exp(-exp(time_decay))` and a bonus `b = exp(time_first)` for the token
-    itself, for a key k and a value v:
-
-        num' = z num + e^k v        den' = z den + e^k
-
-        wkv = (num + b e^k v) / (den + b e^k) = (num' + (z b - 1) e^k v) / (den' + (z b - 1) e^k)
-
-    In fixed point, e^k has a largest and a smallest value: keys are limited to ±`LARGEST_KEY`, values to
-    ±`LARGEST_VALUE`, and z to 1 - 2^-`GATE_BITS`, so that no sum can overflow. As what has just been written is taken
-    away again in the reading, digits are lost where z b is small: z is at least 1/16, b at least e^-3. Beyond these
-    limits there is no gradient. As what comes out of the buffers (`multiply`) adds up to
-    2^(`GATE_BITS` - `FRACTION_BITS`), about 1e-6, to a state, it is e^k times `SCALE` that is added up: the quotient is
-    the same.
-
-    Args:
-        size: S, the number of channels.
-    """
-
-    LARGEST_KEY = 6
-    LARGEST_VALUE = 1000
-    SCALE = 16
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.time_decay = nn.Parameter(torch.empty(size))
-        self.time_first = nn.Parameter(torch.empty(size))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        # Horizons from 150 steps, as in RWKV, to a third of one.
-        init.copy_(self.time_decay, torch.linspace(-5, 1, len(self.time_decay)))
-        init.constant_(self.time_first, math.log(0.3))
-
-    def initial_state(self, batch: int) -> torch.Tensor:
-        """The empty state `[B, 2, 2, S]`: numerators and denominators."""
-        size, device = len(self.time_decay), self.time_decay.device
-        return torch.zeros(batch, 2, 2, size, dtype=torch.int64, device=device)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        state: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
-        starts: torch.Tensor | None = None,
-        carrier: torch.Tensor | None = None,
-        words: Words | None = None,
-        backwards: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`x` `[B, T, 2 S]`, keys and values → wkv `[B, T, S]`, the state, the carrier. The rest: see
-        `ReversibleCell.forward`."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with maybe_autocast(x.device.type, enabled=False):
-            k, v = x.to(dtype).chunk(2, -1)
-            e = self.SCALE * k.clamp(-self.LARGEST_KEY, self.LARGEST_KEY).exp()
-            u = torch.stack([e * v.clamp(-self.LARGEST_VALUE, self.LARGEST_VALUE), e], 2)
-            z = torch.exp(-torch.exp(self.time_decay.to(dtype))).clamp(1 / 16, 1 - 2.0**-GATE_BITS)
-            z = z + (gate(z).to(dtype) * 2.0**-GATE_BITS - z).detach()
-            if state is None:
-                state = self.initial_state(len(x))
-            if carrier is None:
-                carrier = u.new_zeros(len(x), 2, u.shape[-1])
-            if real is not None:
-                real = real.bool()
-            states, other, carrier = Accumulation.apply(
-                u.transpose(0, 1),
-                z,
-                carrier,
-                state,
-                None if real is None else real.T[..., None],
-                None if starts is None else starts.bool().T,
-                words,
-                backwards,
-            )
-            num, den = (states.transpose(0, 1) + (z * self.time_first.to(dtype).clamp(min=-3).exp() - 1) * u).unbind(2)
-            if real is not None:
-                den = den.masked_fill(~real[..., None], 1)  # Nothing may have been written yet.
-        return num / den, other, carrier
-
-
 class ReversibleCell(nn.Module):
     """The coupled cell: `f1` and `f2` are `tanh(q) σ(p)`, where q and p are linear in x and in the other half, whose
     size is limited beforehand (`soften`).
@@ -544,9 +289,12 @@ class ReversibleCell(nn.Module):
         self.state_weight = nn.Parameter(torch.empty(2, self.form.parts * state_size, state_size))
         self.reset_parameters()
 
+    def reset_parameters(self) -> None:
+        self.initialize(self.state_size**-0.5)
+
     @torch.no_grad()
-    def reset_parameters(self, std: float | None = None) -> None:
-        init.normal_(self.state_weight, std=self.state_size**-0.5 if std is None else std)
+    def initialize(self, std: float) -> None:
+        init.normal_(self.state_weight, std=std)
         init.copy_(self.x_proj.bias, self.form.initial_bias(self.state_size).repeat(2, 1).flatten())
 
     def initial_state(self, batch: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modeling_stateful_gpt import StatefulGPTForCausalLM
+from modeling_stateful_gpt.probe import why_no_groups
 
 TABLE = Path(__file__).parents[1] / "docs" / "backbones.md"
 MEMORY = 12 * 2**30
@@ -200,7 +201,7 @@ def try_out(model: StatefulGPTForCausalLM, backbone: AutoModelForCausalLM, row: 
         solved, stepped = model(ids), model(ids, solver="sequential")
         assert not same(stepped.logits, backbone(input_ids=ids).logits), "feedback changes nothing"
         assert same(solved.logits, stepped.logits), "solving is not stepping"
-        row.solver = "cyclic" if model.model.why_no_groups(2) is None else "Jacobi"
+        row.solver = "cyclic" if why_no_groups(model.model.backbone, 2) is None else "Jacobi"
         greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         with_cache, without = (model.generate(ids, use_cache=cache, **greedy) for cache in (True, False))
         assert torch.equal(with_cache, without), "other tokens with a cache"

@@ -143,7 +143,6 @@ def test_train_py_with_fsdp2_gives_the_run_of_one_process(runs):
     for folder in ("run", "run/checkpoint-4"):
         expected, model = (AutoModelForCausalLM.from_pretrained(path / folder).eval() for path in runs)
         assert model.lm_head.weight is model.get_input_embeddings().weight
-        assert model.model.batches_seen == expected.model.batches_seen > 0
         torch.testing.assert_close(model(tokens(2, 9)).logits, expected(tokens(2, 9)).logits, atol=1e-5, rtol=1e-5)
 
 

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modeling_stateful_gpt import StatefulGPTConfig, StatefulGPTForCausalLM, language_modeling, verify_agreement
+from modeling_stateful_gpt.probe import why_no_groups
 
 OTHERS = {name for names in NO_DECODERS.values() for name in names.split()}
 DECODERS = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in OTHERS]
@@ -95,7 +96,7 @@ def test_windows_are_kept_in_groups_of_positions(name, attention, past, length, 
             after = model(tokens[:, :1], attention_mask=nn.functional.pad(mask, (0, 1), value=1), past_key_values=cache)
             results.append(after)
     solved, next_solved, stepped, next_stepped = results
-    assert model.model.why_no_groups() is None
+    assert why_no_groups(model.model.backbone) is None
     real = mask[:, past:].bool()
     torch.testing.assert_close(solved.logits[real], stepped.logits[real], **tolerance(dtype))
     torch.testing.assert_close(next_solved.logits, next_stepped.logits, **tolerance(dtype))

@@ -165,7 +165,7 @@ def test_drawing_the_number_of_passes_breaks_the_graph_there_and_nowhere_else():
         torch.testing.assert_close(outputs.pass_losses, expected.pass_losses, **CLOSE)
     assert model.model.batches_seen == 6
     (reason,) = counters["graph_break"]
-    assert "StatefulGPTModel.draw_from" in reason
+    assert "StatefulGPTModel.draw_num_passes" in reason
 
 
 # Evaluation and decoding

@@ -15,10 +15,10 @@ from modeling_stateful_gpt.gate_loop import (
     chunk_gate_loop,
     fused_gate_loop,
     gate_loop,
-    linear_scan,
     recurrent_gate_loop,
     scan_gate_loop,
 )
+from modeling_stateful_gpt.linear_scan import linear_scan, linear_scan_backward
 
 EVALUATIONS = {"recurrent": recurrent_gate_loop, "scan": scan_gate_loop, "chunk": chunk_gate_loop, "picked": gate_loop}
 KINDS = ["complex", "signed", "positive"]
@@ -252,7 +252,7 @@ def test_compilers_are_told_the_layout_of_the_results_whatever_that_of_the_input
     a, x, initial, grad, h = tensors.values()
     torch.library.opcheck(linear_scan, [z.requires_grad_() for z in (a, x, initial)])
     for x_is_real in (False, True):
-        torch.library.opcheck(module.linear_scan_backward, [grad, a.detach(), initial.detach(), h, x_is_real])
+        torch.library.opcheck(linear_scan_backward, [grad, a.detach(), initial.detach(), h, x_is_real])
 
 
 @pytest.mark.parametrize("kind", ["complex", "positive"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import layer_norm, silu
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, GateLoopLayer, SimpleGateLoopLayer
-from modeling_stateful_gpt.modeling_gateloop import TRANSITIONS
+from modeling_stateful_gpt.gateloop_layer import TRANSITIONS
 
 WIDTH = 12
 every_transition = pytest.mark.parametrize("transition", TRANSITIONS)

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     EncoderDecoderCache,
+    LlamaForCausalLM,
     MistralConfig,
     StaticCache,
     TextIteratorStreamer,
@@ -145,6 +146,13 @@ def test_prompt_lookup_and_assisted_decoding_are_exact(drawn, do_sample):
     assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3, **options), expected)
     assert torch.equal(generate(model, ids, assistant_model=drafter, **options), expected)
     assert torch.equal(generate(model, ids, assistant_model=other, **options), expected)
+
+
+@pytest.mark.parametrize("how", [{"decode_mode": "no_feedback"}, {"decode_mode": "solved"}, {"solver": "sequential"}])
+def test_a_plain_model_may_draft_however_the_stateful_one_is_evaluated(how):
+    model, ids = shared("llama", feedback="glu"), tokens(1, 4).repeat(1, 3)
+    drafter = LlamaForCausalLM(model.config.text_config).double()
+    assert torch.equal(generate(model, ids, assistant_model=drafter, **how), generate(model, ids, **how))
 
 
 @pytest.mark.parametrize("backbone", ["gateloop", "llama"])

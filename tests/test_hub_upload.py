@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 
 import hub_upload
 from modeling_stateful_gpt import StatefulGPTForCausalLM
+from modeling_stateful_gpt.card import make_card
 from modeling_stateful_gpt.license import LICENSE
-from modeling_stateful_gpt.upload import contents, make_card
+from modeling_stateful_gpt.upload import contents
 
 IDS = torch.tensor([[72, 101, 108, 108, 111]])
 STRANGER = """

@@ -16,6 +16,7 @@ from tiny import (
     LLAMA_LIKE,
     MANY,
     VOCAB,
+    WINDOWED,
     models,
     shared,
     stateful,
@@ -45,7 +46,10 @@ from transformers import (
 from transformers.utils import logging
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
-from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence, checkpointing, logger
+from modeling_stateful_gpt.compat import checkpointing
+from modeling_stateful_gpt.evaluation import logger
+from modeling_stateful_gpt.probe import why_no_groups
+from modeling_stateful_gpt.recurrence import LanguageModelRecurrence
 from modeling_stateful_gpt.solvers import SOLVERS, jacobi, relative_change, sequential
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -337,7 +341,7 @@ def test_attention_that_turns_out_to_make_masks_of_its_own_is_solved_by_jacobi(m
 
     monkeypatch.setattr(LlamaModel, "forward", reads_less)
     assert torch.equal(states(model, ids, solver="cyclic"), states(model, ids, solver="jacobi"))
-    assert model.model.why_no_groups() == "it makes masks of its own"
+    assert why_no_groups(model.model.backbone) == "it makes masks of its own"
     torch.testing.assert_close(states(model, ids), stepped(model, ids), **tolerance(torch.float32))
 
 
@@ -363,7 +367,7 @@ def test_no_more_is_asked_for_than_rounding_allows(dtype):
 def test_a_vocabulary_may_have_two_tokens_only():
     config = GateLoopConfig(vocab_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=config)).train()
-    assert model(torch.tensor([[0, 1, 1]])).logits.shape == (1, 3, 2) and model.model.why_no_groups() is None
+    assert model(torch.tensor([[0, 1, 1]])).logits.shape == (1, 3, 2) and why_no_groups(model.model.backbone) is None
 
 
 def test_probing_the_language_model_leaves_it_as_it_was():
@@ -373,7 +377,7 @@ def test_probing_the_language_model_leaves_it_as_it_was():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    assert model.model.why_no_groups() is None
+    assert why_no_groups(model.model.backbone) is None
     assert torch.equal(torch.rand(3), expected)
     assert {name: module.training for name, module in model.named_modules()} == before
 
@@ -683,7 +687,7 @@ def test_checkpointed_activations_change_neither_what_is_trained_nor_its_gradien
 
 @MANY
 @given(
-    models(),
+    models([*BACKBONES, *WINDOWED]),
     st.sampled_from(sorted(SCHEMES)),
     st.integers(2, 9),
     st.lists(st.integers(0, 5), min_size=1, max_size=3),
@@ -747,7 +751,11 @@ def test_packing_changes_neither_training_passes_nor_their_gradients(drawn, sche
         torch.testing.assert_close(a, p.grad, **bound)
 
 
-@given(models(), st.lists(st.integers(0, 5), min_size=1, max_size=3), st.sampled_from(["left", "right", "hole"]))
+@given(
+    models([*BACKBONES, *WINDOWED]),
+    st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    st.sampled_from(["left", "right", "hole"]),
+)
 def test_padding_changes_no_fixed_number_of_passes_nor_what_is_decoded_after_them(drawn, pads, side):
     model = shared(**drawn, num_groups=3, training_solver="cyclic", decode_mode="passes", prefill_passes=3)
     ids, mask, real = padded(len(pads), 9, pads, side)
@@ -906,8 +914,9 @@ def test_pass_counts_are_drawn_from_their_probabilities_and_reproducible(tmp_pat
 
     with torch.no_grad():  # Looking at a batch draws nothing from training.
         other(tokens(1, 5))
-    other.save_pretrained(tmp_path)  # a resumed run goes on where it was
+    other.save_pretrained(tmp_path)
     resumed = StatefulGPTForCausalLM.from_pretrained(tmp_path)
+    resumed.model.batches_seen = 400  # A training loop says so; then a resumed run goes on where it was.
     assert draw(resumed, 50) == draw(model, 50)
 
     ids = tokens(1, 5)
@@ -1176,7 +1185,8 @@ def test_a_4d_mask_is_taken_where_it_lets_each_token_read_the_one_before_it(back
     causal = torch.ones(9, 9, dtype=torch.bool).tril()
     with torch.no_grad():
         expected = model(ids).logits
-        torch.testing.assert_close(model(ids, attention_mask=as_4d(causal)).logits, expected)
+        for solver in SOLVERS:
+            torch.testing.assert_close(model(ids, attention_mask=as_4d(causal), solver=solver).logits, expected)
         cache = model(ids[:, :5], use_cache=True).past_key_values
         later = model(ids[:, 5:], attention_mask=as_4d(causal[5:]), past_key_values=cache).logits
         torch.testing.assert_close(later, expected[:, 5:])
@@ -1190,6 +1200,17 @@ def test_a_4d_mask_is_taken_where_it_lets_each_token_read_the_one_before_it(back
             model(ids, attention_mask=as_4d(apart))
         with pytest.raises(ValueError, match=r"4-D attention_mask cannot be of type torch.int64"):
             model(ids, attention_mask=causal.long().expand(2, 1, -1, -1))
+
+
+@given(models(HAVE_GROUPS), st.sampled_from(sorted(SCHEMES)), st.integers(2, 12))
+def test_a_causal_4d_mask_changes_nothing_in_training(drawn, scheme, length):
+    model, ids = train(**drawn, **SCHEMES[scheme], num_groups=3), tokens(2, length)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    causal = torch.ones(length, length, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    expected, found = model(ids, labels=ids), model(ids, attention_mask=causal, labels=ids)
+    torch.testing.assert_close(found.pass_losses, expected.pass_losses, **tolerance(drawn["dtype"]))
 
 
 def test_with_eager_attention_a_4d_mask_of_booleans_would_be_added_as_ones_and_is_refused():
@@ -1227,7 +1248,7 @@ def test_the_solvers_see_the_models_recurrence_as_any_other():
     model, ids = shared(), tokens(2, 7)
     with torch.no_grad():
         make = lambda: LanguageModelRecurrence(  # noqa: E731
-            model.model, model.get_input_embeddings()(ids), None, None, None
+            model.model.backbone, model.model.feedback, model.get_input_embeddings()(ids)
         )
         torch.testing.assert_close(jacobi(make()).hidden_states, sequential(make()).hidden_states)
 

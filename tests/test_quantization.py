@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from modeling_stateful_gpt import GateLoopForCausalLM
-from modeling_stateful_gpt.modeling_gateloop import FullPrecisionLinear
+from modeling_stateful_gpt.linear import FullPrecisionLinear
 
 quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed (extra: clients)")
 int4 = pytest.importorskip("torchao.prototype.quantization.int4", reason="needs torchao 0.18")

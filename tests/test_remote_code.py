@@ -242,8 +242,8 @@ def test_each_checkpoint_has_the_configuration_beside_its_weights(name, auto_cla
 def test_loading_a_revision_changes_nothing_for_a_model_that_is_there(auto_classes, tmp_path):
     folders, ids = two_revisions("gateloop", tmp_path), tokens(2, 70)
     # The new revision has another operator, and another cache layer.
-    add_line(folders["new"] / "gate_loop.py", "scan_into(h, a, x.to(a.dtype), initial)", "h.mul_(2)")
-    add_line(folders["new"] / "cache.py", "y, self.state = recur(self.state, **inputs)", "y = -y")
+    add_line(folders["new"] / "linear_scan.py", "scan_into(h, a, x.to(a.dtype), initial)", "h.mul_(2)")
+    add_line(folders["new"] / "cache_layers.py", "y, self.state = recur(self.state, **inputs)", "y = -y")
 
     def outcome(model):
         model.zero_grad()

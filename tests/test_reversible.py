@@ -13,22 +13,19 @@ from rwkv import by_a_scan
 from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM
-from modeling_stateful_gpt.reversible import (
-    FORMS,
+from modeling_stateful_gpt.fixed_point import (
     GATE_BITS,
     WORD_BITS,
-    Forgetting,
-    KeyValueMemory,
-    ReversibleCell,
     Words,
     divide,
     fixed_point,
     floating_point,
     multiply,
     renormalize,
-    soften,
     undo_renormalize,
 )
+from modeling_stateful_gpt.reversible import FORMS, Forgetting, ReversibleCell, soften
+from modeling_stateful_gpt.rwkv_memory import KeyValueMemory
 
 
 def cell(form, dtype=torch.float64, inputs=5, size=4, scale=3.0):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from array import array
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,6 +26,7 @@ from unbounded import (
     Progress,
     WholeDocuments,
     backward_through_time,
+    digest_of,
     pack,
     pad,
     same_dropout,
@@ -415,6 +417,12 @@ def test_a_run_that_is_over_leaves_no_progress_behind(tmp_path):
     assert [path.name for path in tmp_path.glob("document-*")] == ["document-1.txt"]
 
 
+def with_a_bit_turned_over(path, share):
+    data = bytearray(path.read_bytes())
+    data[int(share * len(data))] ^= 0x40
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -424,6 +432,7 @@ def test_a_run_that_is_over_leaves_no_progress_behind(tmp_path):
         lambda path: save_file({"weight": torch.ones(2)}, path),
         lambda path: save_file({}, path, {"outline": "[]"}),
         lambda path: save_file(load_file(path), path, {"outline": "{}"}),
+        *(partial(with_a_bit_turned_over, share=share) for share in (0.1, 0.4, 0.7, 0.999)),
         lambda path: retold(path, lambda saved: saved["reading"].pop("backwards")),
         lambda path: retold(path, lambda saved: saved["reading"]["layers"].pop()),
         lambda path: retold(path, lambda saved: saved["parameters"].reverse()),
@@ -457,7 +466,8 @@ def retold(path, change):
     with safe_open(path, "pt") as file:
         outline = json.loads(file.metadata()["outline"])
     change(outline)
-    save_file(load_file(path), path, {"outline": json.dumps(outline)})
+    tensors, metadata = load_file(path), {"outline": json.dumps(outline)}
+    save_file(tensors, path, metadata | {"digest": digest_of(tensors, metadata)})
 
 
 def test_what_is_frozen_gets_no_gradient():

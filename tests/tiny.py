@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from packaging.version import Version
-from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 from transformers.dependency_versions_table import deps
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
@@ -43,6 +43,8 @@ BACKBONES = {
     "llama": lambda: LlamaConfig(**LLAMA_LIKE),
     "qwen3": lambda: Qwen3Config(**LLAMA_LIKE, head_dim=8),
 }
+WINDOWED = {"mistral": lambda: MistralConfig(**LLAMA_LIKE, sliding_window=4)}
+"""Backbones whose cache keeps the last tokens alone."""
 FUSIONS = ["gated_add", "glu", "correction"]
 DTYPES = [torch.float64, torch.float32]
 
@@ -66,7 +68,7 @@ def models(backbones=BACKBONES, fusions=FUSIONS, dtypes=DTYPES) -> st.SearchStra
 
 
 def text_config(backbone: str) -> PreTrainedConfig:
-    return BACKBONES[backbone]()
+    return (BACKBONES | WINDOWED)[backbone]()
 
 
 JACOBI = {"training_solver": "jacobi", "num_no_grad_passes": 0}

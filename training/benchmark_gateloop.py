@@ -25,7 +25,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, GateLoopLayer
-from modeling_stateful_gpt.gate_loop import linear_scan
+from modeling_stateful_gpt.linear_scan import linear_scan
 
 WIDTH = 512
 Work = Callable[[], object]

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from modeling_stateful_gpt import solvers
 from modeling_stateful_gpt.generation_gateloop import position_limit
-from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence
+from modeling_stateful_gpt.recurrence import LanguageModelRecurrence
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -78,7 +78,7 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, solver: str, name: str, p
 def errors_by_pass(model: PreTrainedModel, ids: torch.Tensor, num_groups: int, passes: int) -> torch.Tensor:
     """`[passes, T]`, the largest over the batch."""
     embeds = model.get_input_embeddings()(ids)
-    recurrence = LanguageModelRecurrence(model.model, embeds, None, None, None)
+    recurrence = LanguageModelRecurrence(model.model.backbone, model.model.feedback, embeds)
     exact = model.model(ids, solver="sequential", use_cache=False).last_hidden_state
     every = solvers.cyclic(recurrence, passes, num_groups=num_groups).pass_hidden_states
     return torch.stack([error(states, exact).amax(0) for states in every])

@@ -28,7 +28,8 @@ from transformers import set_seed
 from unbounded import Batch, backward_through_time, truncated_backward
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM
-from modeling_stateful_gpt.reversible import FORMS, FRACTION_BITS, ReversibleCell, Words, soften
+from modeling_stateful_gpt.fixed_point import FRACTION_BITS, Words
+from modeling_stateful_gpt.reversible import FORMS, ReversibleCell, soften
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -28,9 +28,10 @@ from tqdm.auto import tqdm
 from train import load_model, parse, prepare_data, run_command, train
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from modeling_stateful_gpt.fixed_point import Words
 from modeling_stateful_gpt.gate_loop import chunk_gate_loop, gate_loop, recurrent_gate_loop, scan_gate_loop
-from modeling_stateful_gpt.modeling_stateful_gpt import LanguageModelRecurrence
-from modeling_stateful_gpt.reversible import FORMS, ReversibleCell, Words
+from modeling_stateful_gpt.recurrence import LanguageModelRecurrence
+from modeling_stateful_gpt.reversible import FORMS, ReversibleCell
 from modeling_stateful_gpt.solvers import cyclic, relative_change
 
 matplotlib.use("Agg")
@@ -180,7 +181,7 @@ def settled(errors: list[float], first: int = 1) -> str:
 
 def residuals(model: PreTrainedModel, ids: torch.Tensor, groups: int, number: int) -> list[float]:
     """The largest change of an element in each pass from the second on."""
-    recurrence = LanguageModelRecurrence(model.model, model.get_input_embeddings()(ids), None, None, None)
+    recurrence = LanguageModelRecurrence(model.model.backbone, model.model.feedback, model.get_input_embeddings()(ids))
     every = cyclic(recurrence, number, num_groups=groups).pass_hidden_states
     pairs = zip(every[1:], every[:-1], strict=True)
     return [relative_change(after, before, recurrence.real).max().item() for after, before in pairs]

@@ -20,7 +20,7 @@ from train import build_model, count_parameters, parse, prepare_data, run_comman
 from transformers import PreTrainedTokenizerBase, RwkvConfig, RwkvForCausalLM, set_seed
 from transformers.models.rwkv import modeling_rwkv
 
-from modeling_stateful_gpt.gate_loop import linear_scan
+from modeling_stateful_gpt.linear_scan import linear_scan
 
 by_a_loop = modeling_rwkv.rwkv_linear_attention
 

@@ -79,8 +79,9 @@ from modeling_stateful_gpt import (
     GateLoopForCausalLM,
     StatefulGPTConfig,
     StatefulGPTForCausalLM,
+    StatefulGPTModel,
 )
-from modeling_stateful_gpt.cache import RECURRENT_LAYERS
+from modeling_stateful_gpt.cache_layers import RECURRENT_LAYERS
 from modeling_stateful_gpt.generation_gateloop import position_limit
 from modeling_stateful_gpt.upload import upload
 
@@ -379,6 +380,15 @@ class StopAtWhatIsNoNumber(TrainerCallback):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if gradients and not get_total_norm(gradients, math.inf).isfinite():
             raise Diverged("gradient", state.global_step + 1)
+
+
+class CountBatches(TrainerCallback):
+    """Lets a run that is resumed draw the numbers of passes that it would have drawn."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        for module in model.modules():
+            if isinstance(module, StatefulGPTModel):
+                module.batches_seen = state.global_step * args.gradient_accumulation_steps
 
 
 class StopWhenNothingImproves(EarlyStoppingCallback):
@@ -1086,6 +1096,7 @@ def checked_trainer(
 ) -> SteppingTrainer:
     """The trainer of a run that can begin: if not, a RunError says why."""
     patience = training_arguments.patience
+    patient = [StopWhenNothingImproves(patience)] if patience else []
     check_options(training_arguments)
     with trying():
         trainer = make_trainer(
@@ -1097,7 +1108,7 @@ def checked_trainer(
             eval_dataset=sample_blocks(data.validation, data_arguments.max_eval_samples),
             processing_class=data.tokenizer,
             data_collator=collate,
-            callbacks=[SaveOnInterrupt(), *([StopWhenNothingImproves(patience)] if patience else []), *callbacks],
+            callbacks=[SaveOnInterrupt(), CountBatches(), *patient, *callbacks],
             before=spent(model_arguments.model_name_or_path),
         )
     check_trainer(trainer)

@@ -51,20 +51,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from modeling_stateful_gpt.cache import (
-    RECURRENT_LAYERS,
-    GateLoopStateLayer,
-    LastHiddenStateLayer,
-    RecurrentStateLayer,
-    ReversibleStateLayer,
-)
+from modeling_stateful_gpt.cache_layers import RECURRENT_LAYERS, LastHiddenStateLayer, RecurrentStateLayer
 from modeling_stateful_gpt.compat import checkpointing
-from modeling_stateful_gpt.reversible import Words
+from modeling_stateful_gpt.fixed_point import Words
+from modeling_stateful_gpt.reversible_layers import ReversibleStateLayer
 
 logger = logging.get_logger(__name__)
-
-CARRIES_GRADIENT = {GateLoopStateLayer: "state", ReversibleStateLayer: "carrier", LastHiddenStateLayer: "keys"}
-"""Through which of a layer's tensors gradients go on into the piece before."""
 
 
 class RewindableLayer(ReversibleStateLayer):
@@ -114,6 +106,15 @@ def unpack(metadata: dict[str, str], tensor: Callable[[str], torch.Tensor]) -> A
         return torch.view_as_complex(z) if entry["is_complex"] else z
 
     return json.loads(metadata["outline"], object_hook=find)
+
+
+def digest_of(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """The SHA-256 of what `pack` gave: a file in which a bit has turned over must not become a gradient."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(repr((name, tensors[name].shape, tensors[name].dtype)).encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 HELD = (torch.Tensor, int, type(None), Words)
@@ -283,7 +284,7 @@ def pieces(starts: range, done: int, what: str) -> Iterator[int]:
 def open_to_gradients(layer, dtype: torch.dtype) -> torch.Tensor | None:
     """Cuts a layer off from what came before, and returns the tensor to which its gradient then goes; None if there is
     nothing before."""
-    name = carrier_of(layer)
+    name = layer.gradient_carrier
     if name == "carrier":
         before = None if layer.state is None else torch.zeros_like(layer.state[:, :, 0], dtype=dtype)
     else:
@@ -291,10 +292,6 @@ def open_to_gradients(layer, dtype: torch.dtype) -> torch.Tensor | None:
     before = None if before is None else before.detach().requires_grad_()
     setattr(layer, name, before)
     return before
-
-
-def carrier_of(layer) -> str:
-    return next(name for kind, name in CARRIES_GRADIENT.items() if isinstance(layer, kind))
 
 
 @dataclass
@@ -354,7 +351,7 @@ class Progress:
         seconds: between two writes.
     """
 
-    FORMAT = 3
+    FORMAT = 4
     """Of the files. One of another is not taken up."""
 
     def __init__(self, folder: Path | None = None, seconds: float = 300):
@@ -378,7 +375,11 @@ class Progress:
             return reading
         try:
             with safe_open(self.path, "pt") as file:
-                saved = unpack(file.metadata(), file.get_tensor)
+                metadata = file.metadata()
+            tensors = safetensors.torch.load_file(self.path)
+            if metadata.pop("digest") != digest_of(tensors, metadata):
+                raise ValueError("its digest is that of other contents")
+            saved = unpack(metadata, tensors.__getitem__)
             # A copy, as something may turn out to be wrong half-way.
             resumed, gradients = copy.deepcopy(reading), saved["parameters"]
             resumed.refill(saved["reading"])
@@ -402,6 +403,7 @@ class Progress:
         unfinished = self.path.with_suffix(".unfinished")
         value = {"reading": reading.contents(), "parameters": [p.grad for p in batch.model.parameters()]}
         tensors, metadata = pack(value)
+        metadata["digest"] = digest_of(tensors, metadata)
         try:
             safetensors.torch.save_file(tensors, unfinished, metadata)
             os.replace(unfinished, self.path)
@@ -413,8 +415,8 @@ class Progress:
         self.written = time.monotonic()
 
     def end(self) -> None:
-        if "path" in vars(self):
-            self.path.unlink(missing_ok=True)
+        if "path" in vars(self) and self.path.is_file():
+            self.path.unlink()
 
 
 class DeleteProgress(TrainerCallback):
@@ -475,7 +477,7 @@ def backward_through_time(
         layers = [next(stored) if z is None else z for z in reading.layers]
         before = [open_to_gradients(layer, dtype) for layer in layers]
         loss = batch.read(start, layers)
-        after = [getattr(layer, carrier_of(layer)) for layer in layers]
+        after = [getattr(layer, layer.gradient_carrier) for layer in layers]
         pairs = zip(after, reading.gradients, strict=True)
         known = [(z, g) for z, g in pairs if g is not None and z is not None and z.requires_grad]
         torch.autograd.backward([loss, *(z for z, _ in known)], [None, *(g for _, g in known)])
@@ -518,7 +520,7 @@ def truncated_backward(
         loss.backward()
         reading.total += loss.detach()
         for layer in reading.layers:
-            name = carrier_of(layer)
+            name = layer.gradient_carrier
             setattr(layer, name, None if name == "carrier" else getattr(layer, name).detach())
         reading.forwards += 1
         progress.save(batch, reading)

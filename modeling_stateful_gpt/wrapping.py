@@ -1,0 +1,78 @@
+"""Puts feedback around a trained language model."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .backbone import ROUTED, not_finite, probe_logits, read_traits
+from .configuration_stateful_gpt import StatefulGPTConfig
+from .feedback import FUSIONS
+from .language_modeling import find_decoder, take_head
+from .probe import steps_differ
+
+
+class WrappingMixin:
+    @classmethod
+    def from_backbone(cls, backbone: str | PreTrainedModel, feedback: str | None = "correction", **config) -> Any:
+        """Puts feedback around a trained causal language model, whose modules are taken over, not copied.
+
+        Args:
+            backbone: the model, or a name or path for `AutoModelForCausalLM.from_pretrained`.
+            feedback: `"correction"` and `"gated_add"` start out computing exactly what the backbone computes; `"glu"`
+                cannot.
+            config: further fields of `StatefulGPTConfig`.
+
+        Raises:
+            ValueError: if it is no decoder with a head on it that takes feedback, or if its weights are not finite.
+        """
+        if isinstance(backbone, str):
+            backbone = AutoModelForCausalLM.from_pretrained(backbone)
+        head = backbone.get_output_embeddings()
+        if head is None or backbone.config.model_type == StatefulGPTConfig.model_type:
+            raise ValueError(f"{type(backbone).__name__} is not a plain language model with a head (…ForCausalLM).")
+        logits = probe_logits(backbone)
+        if logits.isnan().any():
+            raise ValueError(not_finite(backbone))
+        linear = type(head) is nn.Linear and head.bias is None and not getattr(backbone.config, ROUTED, False)
+        # One linear layer where that is the same, as most tools know it.
+        kinds = [config.pop("head")] if "head" in config else ["linear"] * linear + ["language_model"]
+        for kind in kinds:
+            model = cls.assemble(backbone, feedback=feedback, head=kind, **config)
+            if torch.equal(probe_logits(model, num_passes=1), logits):
+                break
+        else:
+            raise ValueError(
+                f"{type(backbone).__name__} computes other logits than its decoder does with embeddings and a head of "
+                f"the kind {' or '.join(map(repr, kinds))}. Leave head to from_backbone, if you gave it. If not, "
+                f"feedback cannot be put around this model."
+            )
+        if feedback is not None and steps_differ(model.model.backbone):
+            raise ValueError(
+                f"{type(backbone).__name__} steps with a cache to other states than it reads a text to. Feedback "
+                f"cannot be put around it: what is trained on texts would not be what generates."
+            )
+        return model.train(backbone.training)
+
+    @classmethod
+    def assemble(cls: Any, backbone: PreTrainedModel, **config) -> Any:
+        """A model of the modules of `backbone`, unchecked."""
+        _, decoder = find_decoder(backbone)
+        with torch.device("meta"):
+            # Unless it is told otherwise, a composite configuration resets how its parts attend.
+            attention = backbone.config._attn_implementation
+            model = cls(StatefulGPTConfig(text_config=backbone.config, attn_implementation=attention, **config))
+        model.lm_head = backbone.get_output_embeddings() if model.config.head == "linear" else take_head(backbone)
+        model.model.language_model = decoder
+        if model.lm_head is backbone.get_output_embeddings():
+            # What the configuration says, not every model does.
+            model.config.tie_word_embeddings = model.lm_head.weight is decoder.get_input_embeddings().weight
+        model.model.traits = read_traits(decoder, model.config.text_config)
+        model.read_generation()
+        if model.config.feedback is not None:
+            fusion = FUSIONS[model.config.feedback](model.config.hidden_size)
+            fusion.start_at_identity()
+            model.model.feedback = fusion.to(backbone.device, backbone.dtype)
+        model.generation_config = backbone.generation_config
+        return model
