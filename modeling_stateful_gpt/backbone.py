@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,8 +51,8 @@ class Traits:
     """Whether it has layers with a state, which has read all that is behind it."""
     reads_own_mask_only: bool
     """Whether its mask is that of the tokens given: no layer attends to the past."""
-    probed: dict[tuple, Probe] = field(default_factory=dict)
-    """What a short text has shown, by implementation of attention and data type."""
+    probed: dict[Any, Any] = field(default_factory=dict)
+    """What a short text has shown (see `probe.py`)."""
 
 
 def read_traits(language_model: PreTrainedModel, text_config: PreTrainedConfig) -> Traits:

@@ -21,6 +21,26 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     return limit
 
 
+def check_rotary(config: PreTrainedConfig, length: int) -> None:
+    """Raises a ValueError for a text so long that its rotary positions are others than those of its beginning alone.
+    What was computed for the beginning would then be wrong.
+
+    Args:
+        length: of the text, with what is in the cache.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
+        if (kind := rope.get("rope_type")) in ("dynamic", "longrope"):
+            limit = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+            limit = rope.get("original_max_position_embeddings") or limit
+            if length > limit:
+                raise ValueError(
+                    f"The sequence has or may get {length} tokens. Its rotary positions ({kind}) change at {limit}, "
+                    f"and with them the states of all tokens, so feedback needs shorter ones. Shorten the input, or "
+                    f"lower max_new_tokens."
+                )
+
+
 class RecurrentGenerationMixin(GenerationMixin):
     """Says at once what cannot be generated, instead of half-way or never."""
 

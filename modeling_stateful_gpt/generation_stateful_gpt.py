@@ -8,7 +8,7 @@ from transformers import Cache
 
 from .cache import last_hidden_state_layer
 from .compat import CACHE, GenerationMode, UnbatchedClassifierFreeGuidanceLogitsProcessor
-from .generation_gateloop import RecurrentGenerationMixin
+from .generation_gateloop import RecurrentGenerationMixin, check_rotary
 
 EVALUATION = ("decode_mode", "num_passes", "solver")
 """The arguments of `forward` that say how the recurrence is evaluated."""
@@ -26,6 +26,8 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+        if self.config.feedback is not None:
+            check_rotary(self.config.text_config, max_cache_length + 1)
         cache: Cache | None = model_kwargs.get(CACHE)
         decode_mode = model_kwargs.get("decode_mode") or self.config.decode_mode
         cut = generation_config.prefill_chunk_size is not None or generation_config.use_cache is False

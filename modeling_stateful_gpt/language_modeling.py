@@ -2,6 +2,7 @@
 logits."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,12 +24,24 @@ LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 """What language models call the weight of the load-balancing loss in the whole."""
 
 
+@dataclass
+class GivenOutput(MoeModelOutputWithPast):
+    cross_attentions: None = None
+    """There is no encoder."""
+
+
 class GivenHiddenStates(nn.Module):
     """Takes the place of the decoder in a causal language model: the embeddings it is given are the last hidden states
-    `[B, T, D]`, and `router_logits` what its routers said."""
+    `[B, T, D]`, and `router_logits` what its routers said. It has the numbers of the decoder, such as a multiplier,
+    which some heads look up there."""
 
-    def forward(self, *args, inputs_embeds: torch.Tensor, router_logits=None, **kwargs) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds, router_logits=router_logits)
+    def __init__(self, decoder: nn.Module):
+        super().__init__()
+        numbers = {name: value for name, value in vars(decoder).items() if isinstance(value, (int, float))}
+        vars(self).update({name: value for name, value in numbers.items() if not hasattr(self, name)})
+
+    def forward(self, *args, inputs_embeds: torch.Tensor, router_logits=None, **kwargs) -> GivenOutput:
+        return GivenOutput(last_hidden_state=inputs_embeds, router_logits=router_logits)
 
     def get_input_embeddings(self) -> None:
         """There are none. transformers asks before it looks for the head."""
@@ -43,7 +56,7 @@ def find_decoder(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
     parts = {name: part for name, part in causal_lm.named_children() if isinstance(part, PreTrainedModel)}
     name, decoder = next(iter(parts.items()), ("", None))
     try:
-        plain = (
+        plain = not causal_lm.config.is_encoder_decoder and (
             len(parts) == 1 and decoder.get_input_embeddings() is not None and hasattr(decoder.config, "hidden_size")
         )
     except NotImplementedError:  # The decoder of an encoder-decoder model.
@@ -55,13 +68,13 @@ def find_decoder(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
 
 def take_head(causal_lm: PreTrainedModel) -> PreTrainedModel:
     """`causal_lm` without its decoder, as a module of its own; `causal_lm` stays as it is."""
-    name, _ = find_decoder(causal_lm)
+    name, decoder = find_decoder(causal_lm)
     head = copy.copy(causal_lm)
     # A device map has put these in front of the class's own, bound to the whole model.
     for attribute in ("forward", "_old_forward", "_hf_hook"):
         vars(head).pop(attribute, None)
     vars(head).update({name: type(hooks)() for name, hooks in vars(causal_lm).items() if name.endswith("_hooks")})
-    head._modules = {**causal_lm._modules, name: GivenHiddenStates()}
+    head._modules = {**causal_lm._modules, name: GivenHiddenStates(decoder)}
     head._tied_weights_keys, head.all_tied_weights_keys = {}, {}  # Whoever holds the head ties it.
     return head
 

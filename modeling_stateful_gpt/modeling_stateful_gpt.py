@@ -20,6 +20,7 @@ from .configuration_gateloop import GateLoopConfig
 from .configuration_stateful_gpt import DECODE_MODES, StatefulGPTConfig
 from .evaluation import evaluate, sample_pass_per_token, train
 from .feedback import FUSIONS, Fusion
+from .generation_gateloop import check_rotary
 from .generation_stateful_gpt import StatefulGenerationMixin
 from .hub import HubModel
 from .inputs import check_inputs, default_position_ids, embed_tokens, look_up, read_mask
@@ -27,7 +28,7 @@ from .language_modeling import balancing_loss, logits_and_losses, make_head, tie
 from .modeling_gateloop import GateLoopModel, NextTokenLabels, SequenceClassificationHead, TokenClassificationHead
 from .outputs import StatefulGPTCausalLMOutputWithPast, StatefulGPTOutputWithPast
 from .plan import Plan, draw_num_passes, plan_evaluation, plan_training
-from .probe import why_no_groups
+from .probe import refuse_padding, why_no_groups
 from .recurrence import RECORDED, LanguageModelRecurrence, per_token
 from .solvers import forget_casts
 from .training_recurrence import TrainingRecurrence
@@ -165,6 +166,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 router_logits=outputs.get("router_logits"),
             )
 
+        if not torch.compiler.is_compiling():
+            check_rotary(text_config, int(past_length(past_key_values)) + inputs_embeds.shape[1])
         training = self.training and past_key_values is None
         if use_cache and past_key_values is None and not (training and self.traits.has_linear_attention):
             past_key_values = DynamicCache(config=text_config)
@@ -177,6 +180,7 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
             alignment = find_group_alignment(*arguments, shape, self.config.num_groups)
         elif self.traits.has_linear_attention and shape[1] > 1:
             name = type(self.language_model).__name__
+            refuse_padding(self.backbone, attention_mask)
             alignment = find_state_alignment(name, attention_mask, position_ids, past_key_values, shape[1])
         if alignment is not None:
             if position_ids is None:

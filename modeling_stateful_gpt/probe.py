@@ -35,7 +35,7 @@ def probe_recurrence(recurrence: Callable[[torch.Tensor], Recurrence], embeds: t
         whole = in_groups.sweep_groups(None, 0, 1)
         change = relative_change(in_groups.sweep_groups(whole, 0, 3), states, plain.real)
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
-        return Probe(floor, refused=f"{type(error).__name__}: {error}")
+        return Probe(floor, refused=f"on some of them it raises {type(error).__name__}: {error}")
     least = 16 * eps
     differs = change.max() > 8 * moved.max().clamp(min=least) or change.median() > 4 * max(floor, least)
     return Probe(floor, refused="it makes masks of its own" if differs else None)
@@ -96,6 +96,35 @@ def steps_differ(backbone: Backbone) -> bool:
         return steps_apart(*probe_text(backbone, 2, backbone.device)) > 64 * floor
 
 
+@torch.compiler.disable
+def takes_in_padding(backbone: Backbone) -> bool:
+    """Whether padding before a text changes the states of a language model with layers that have one: a bias on what
+    they read gets in, though the mask hides the rest."""
+    if "padding" not in backbone.traits.probed:
+        with evaluation_mode(backbone.language_model), torch.no_grad():
+            _, embeds = probe_text(backbone, 1, backbone.device)
+            padded = torch.cat([embeds[:, :4], embeds], dim=1)
+            mask = torch.ones(padded.shape[:2], dtype=torch.long, device=padded.device)
+            mask[:, :4] = 0
+            alone = backbone.run(embeds, None, torch.ones_like(mask[:, 4:]), None).last_hidden_state
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            after = backbone.run(padded, None, mask, positions).last_hidden_state[:, 4:]
+        change = relative_change(after, alone, torch.ones_like(mask[:, 4:]).bool())
+        floor = max(probe(backbone).rounding_floor, torch.finfo(backbone.language_model.dtype).eps)
+        backbone.traits.probed["padding"] = bool(change.median() > 64 * floor)
+    return backbone.traits.probed["padding"]
+
+
+@torch.compiler.disable
+def refuse_padding(backbone: Backbone, attention_mask: torch.Tensor | None) -> None:
+    """Raises a ValueError for padding that the language model would take in."""
+    if attention_mask is not None and not attention_mask.all() and takes_in_padding(backbone):
+        raise ValueError(
+            f"{type(backbone.language_model).__name__} takes padding into its state here, as it does without feedback: "
+            f"a bias on what it reads gets past the mask. Give it texts without padding, one by one."
+        )
+
+
 def why_no_groups(backbone: Backbone, batch: int = 1, device: torch.device | None = None) -> str | None:
     """Why the language model cannot be run on some positions at a time, over keys and values written before; None where
     it can. Arguments as in `probe`."""
@@ -104,6 +133,8 @@ def why_no_groups(backbone: Backbone, batch: int = 1, device: torch.device | Non
         return f"{config._attn_implementation} attention takes no such mask; eager and sdpa do"
     if named := [name for name in ("alibi", "window_size") if getattr(config, name, None)]:
         return f"its {named[0]} makes masks of its own"
+    if getattr(config, "attn_temperature_tuning", None) and hasattr(config, "floor_scale"):
+        return "its attn_temperature_tuning counts the tokens it is given"
     if not can_scatter(DynamicCache(config=config)):
         return "not every layer attends to the past"
     return probe(backbone, batch, device).refused

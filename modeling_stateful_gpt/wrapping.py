@@ -1,37 +1,57 @@
 """Puts feedback around a trained language model."""
 
+import dataclasses
+import os
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .backbone import ROUTED, not_finite, probe_logits, read_traits
+from .backbone import ROUTED, not_finite, probe_logits, read_traits, refuse_unsupported
 from .configuration_stateful_gpt import StatefulGPTConfig
 from .feedback import FUSIONS
 from .language_modeling import find_decoder, take_head
 from .probe import steps_differ
 
+FIELDS = {field.name for field in dataclasses.fields(StatefulGPTConfig)} - {"dtype", "text_config"}
+"""Of the configuration; data type and language model are those of the backbone."""
+
 
 class WrappingMixin:
     @classmethod
-    def from_backbone(cls, backbone: str | PreTrainedModel, feedback: str | None = "correction", **config) -> Any:
+    def from_backbone(
+        cls: Any, backbone: str | os.PathLike | PreTrainedModel, feedback: str | None = "correction", **options
+    ) -> Any:
         """Puts feedback around a trained causal language model, whose modules are taken over, not copied.
 
         Args:
             backbone: the model, or a name or path for `AutoModelForCausalLM.from_pretrained`.
             feedback: `"correction"` and `"gated_add"` start out computing exactly what the backbone computes; `"glu"`
                 cannot.
-            config: further fields of `StatefulGPTConfig`.
+            options: further fields of `StatefulGPTConfig`; with a name or path, also what `from_pretrained` takes
+                (`dtype`, `device_map`, `quantization_config`, `revision`, …).
 
         Raises:
             ValueError: if it is no decoder with a head on it that takes feedback, or if its weights are not finite.
         """
-        if isinstance(backbone, str):
-            backbone = AutoModelForCausalLM.from_pretrained(backbone)
+        config = {name: value for name, value in options.items() if name in FIELDS}
+        others = {name: value for name, value in options.items() if name not in FIELDS}
+        if isinstance(backbone, (str, os.PathLike)):
+            backbone = AutoModelForCausalLM.from_pretrained(backbone, **others)
+        elif others:
+            raise ValueError(
+                f"{', '.join(others)}: no field of StatefulGPTConfig. What from_pretrained takes goes with the name of "
+                f"a model, not with a model."
+            )
+        if backbone.config.is_encoder_decoder:
+            raise ValueError(f"{type(backbone).__name__} is an encoder-decoder model; feedback needs a decoder alone.")
         head = backbone.get_output_embeddings()
         if head is None or backbone.config.model_type == StatefulGPTConfig.model_type:
             raise ValueError(f"{type(backbone).__name__} is not a plain language model with a head (…ForCausalLM).")
+        _, decoder = find_decoder(backbone)
+        if feedback is not None:
+            refuse_unsupported(decoder)
         logits = probe_logits(backbone)
         if logits.isnan().any():
             raise ValueError(not_finite(backbone))

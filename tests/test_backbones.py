@@ -9,18 +9,33 @@ from tiny import LLAMA_LIKE, few, stateful, tolerance
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     DynamicCache,
+    FalconH1Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from modeling_stateful_gpt import StatefulGPTConfig, StatefulGPTForCausalLM, language_modeling, verify_agreement
+from modeling_stateful_gpt import (
+    GateLoopConfig,
+    StatefulGPTConfig,
+    StatefulGPTForCausalLM,
+    language_modeling,
+    verify_agreement,
+)
 from modeling_stateful_gpt.probe import why_no_groups
 
 OTHERS = {name for names in NO_DECODERS.values() for name in names.split()}
@@ -203,6 +218,146 @@ def test_states_that_are_not_finite_agree_with_nothing():
         model.model.language_model.norm.weight.fill_(torch.nan)
     report = verify_agreement(model, ids(2, 9))
     assert not report.agrees and "NO" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_leaves_feedback_out_where_it_solves_does_not_agree(dtype, monkeypatch):
+    model = StatefulGPTForCausalLM.from_backbone(made(LlamaConfig(**LLAMA_LIKE)).to(dtype)).eval()
+    assert not verify_agreement(model, ids(2, 9)).tells, "feedback starts at zero"
+    with torch.no_grad():
+        model.model.feedback.down.weight.normal_(std=0.5)
+    report = verify_agreement(model, ids(2, 9))
+    assert report.agrees and report.tells, report
+    forward = model.forward
+
+    def without(*args, solver=None, decode_mode=None, **kwargs):
+        return forward(*args, solver=solver, num_passes=None if solver == "sequential" else 1, **kwargs)
+
+    monkeypatch.setattr(model, "forward", without)
+    report = verify_agreement(model, ids(2, 9))
+    assert report.tells and not report.agrees, report
+
+
+# What is unlike a Llama in a way that only some configurations or texts show
+
+
+def made(config) -> nn.Module:
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return backbone
+
+
+def fed_back(config) -> StatefulGPTForCausalLM:
+    model = StatefulGPTForCausalLM.from_backbone(made(config))
+    nn.init.normal_(model.model.feedback.down.weight, std=0.02)
+    return model
+
+
+ROTARY = {
+    "longrope": {
+        "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 16, "factor": 4.0,
+    },
+    "dynamic": {"factor": 4.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize("config_class", [LlamaConfig, GateLoopConfig])
+def test_a_text_whose_length_changes_the_rotary_positions_is_refused(kind, config_class):
+    rope = {"rope_type": kind, "rope_theta": 1e4, **ROTARY[kind]}
+    limits = {"max_position_embeddings": 64 if kind == "longrope" else 16}
+    model = fed_back(config_class(**{**LLAMA_LIKE, **limits, "rope_parameters": rope}))
+    assert verify_agreement(model, ids(2, 16)).agrees
+    message = rf"rotary positions \({kind}\) change at 16, .* so feedback needs shorter ones"
+    cache = model(ids(1, 10)).past_key_values
+    for call in (
+        lambda: model(ids(1, 17)),
+        lambda: model(ids(1, 7), past_key_values=cache),
+        lambda: model.generate(ids(1, 10), max_new_tokens=8),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert model.generate(ids(1, 10), max_new_tokens=6, do_sample=False).shape == (1, 16)
+
+
+def test_a_head_that_looks_a_number_up_in_its_decoder_finds_it(tmp_path):
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    backbone = made(FalconH1Config(**LLAMA_LIKE, **mamba, lm_head_multiplier=0.05))
+    model = StatefulGPTForCausalLM.from_backbone(backbone)
+    model.save_pretrained(tmp_path)
+    for again in (model, StatefulGPTForCausalLM.from_pretrained(tmp_path).eval()):
+        with torch.no_grad():
+            assert torch.equal(again(ids(1, 6), num_passes=1).logits, backbone(ids(1, 6)).logits)
+
+
+def test_a_decoder_of_the_bert_family_takes_feedback():
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, is_decoder=True
+    )
+    assert verify_agreement(fed_back(config), ids(2, 9)).agrees
+
+
+def test_attention_that_counts_the_tokens_it_is_given_is_not_run_in_groups():
+    config = {
+        **LLAMA_LIKE,
+        "head_dim": 8,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+        "no_rope_layers": [1, 0],
+    }
+    model = fed_back(Llama4TextConfig(**config, floor_scale=10, attn_scale=0.5))
+    assert "attn_temperature_tuning" in why_no_groups(model.model.backbone)
+    assert verify_agreement(model, ids(2, 30)).agrees
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_padding_that_a_backbone_takes_in_is_refused(use_bias):
+    model = fed_back(MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, use_bias=use_bias))
+    mask = torch.ones(2, 12, dtype=torch.long)
+    assert verify_agreement(model, ids(2, 12), mask).agrees
+    mask[0, :3] = 0
+    if use_bias:
+        with pytest.raises(ValueError, match="takes padding into its state here, as it does without feedback"):
+            model(ids(2, 12), attention_mask=mask)
+    else:
+        assert verify_agreement(model, ids(2, 12), mask).agrees
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+        ),
+        lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=50, d_model=32, n_layer=1, n_head=4, d_inner=48)),
+        lambda: BertLMHeadModel(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)),
+    ],
+    ids=["t5", "xlnet", "bert"],
+)
+def test_what_is_no_decoder_is_refused_before_anything_is_run(make):
+    with pytest.raises(ValueError, match=r"encoder-decoder model|forward needs inputs_embeds|is an encoder"):
+        StatefulGPTForCausalLM.from_backbone(make())
+
+
+# The arguments of from_backbone
+
+
+def test_a_name_takes_what_from_pretrained_takes(tmp_path):
+    made(LlamaConfig(**LLAMA_LIKE)).save_pretrained(tmp_path)
+    for folder in (tmp_path, str(tmp_path)):
+        model = StatefulGPTForCausalLM.from_backbone(
+            folder, dtype=torch.bfloat16, attn_implementation="eager", num_groups=4
+        )
+        assert model.dtype == model.config.dtype == torch.bfloat16 and model.config.num_groups == 4
+        assert model.model.language_model.config._attn_implementation == "eager"
+    with pytest.raises(TypeError, match="num_pases"):
+        StatefulGPTForCausalLM.from_backbone(str(tmp_path), num_pases=3)
+    for wrong in ({"num_pases": 3}, {"dtype": torch.bfloat16}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: no field of StatefulGPTConfig"):
+            StatefulGPTForCausalLM.from_backbone(made(LlamaConfig(**LLAMA_LIKE)), **wrong)
 
 
 # What a mixture of experts adds to the loss

@@ -49,6 +49,6 @@ def test_a_trained_model_is_solved_in_groups_and_agrees_with_stepping(smollm2, t
     assert report.stepped_from is None and report.passes < 40, report
     assert report.agrees and report.same_next_token > 0.9, report
     # The tolerance that is right for small random models is below what this one rounds.
-    assert report.rounding_floor > 1e-6 and report.allowed >= 8 * report.rounding_floor
+    assert report.rounding_floor > 1e-6 and report.allowed >= 4 * report.rounding_floor
     assert f"rounding moves a state by {report.rounding_floor:.1e}" in str(report)
     assert model(text[:, :8]).rounding_floor == report.rounding_floor

@@ -376,10 +376,6 @@ def test_training_goes_on_from_a_checkpoint_and_around_a_backbone(text_files, tm
         assert (config.model_type, config.get_text_config().model_type) == kinds
     for more, message in (
         (["--preset=warm_start", "--trainable=fusion"], "with a warm start the first epoch is plain"),
-        (
-            ["--preset=stateful", "--trainable=lora", '--stateful_config={"pass_probabilities": [1.0]}'],
-            "leave out pass_",
-        ),
         (["--preset=gpt", "--trainable=fusion"], "choose a --preset that has it"),
     ):
         with pytest.raises(RunError, match=message):

@@ -704,11 +704,6 @@ def choose_trainable(model: PreTrainedModel, arguments: ModelArguments) -> PreTr
     if getattr(model.config, "feedback", None) is None:
         raise RunError(f"--trainable {trainable} is for a model with feedback; choose a --preset that has it.")
     drawn = model.config.pass_probabilities
-    if trainable == "lora" and drawn is not None:
-        raise RunError(
-            "--trainable lora keeps no count of batches in its checkpoints, from which the number of passes is drawn; "
-            "leave out pass_probabilities."
-        )
     plain = model.config.num_no_grad_passes == 0 and (drawn[0] > 0 if drawn else model.config.num_passes == 1)
     if trainable == "fusion" and plain:
         raise RunError(
