@@ -17,6 +17,8 @@ from .probe import steps_differ
 FIELDS = {field.name for field in dataclasses.fields(StatefulGPTConfig)} - {"dtype", "text_config"}
 """Of the configuration; data type and language model are those of the backbone."""
 
+QUANTIZED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
 
 class WrappingMixin:
     @classmethod
@@ -95,4 +97,8 @@ class WrappingMixin:
             fusion.start_at_identity()
             model.model.feedback = fusion.to(backbone.device, backbone.dtype)
         model.generation_config = backbone.generation_config
+        # What saving quantised weights needs.
+        vars(model).update({name: value for name, value in vars(backbone).items() if name in QUANTIZED})
+        if hasattr(backbone.config, "quantization_config"):
+            model.config.quantization_config = backbone.config.quantization_config
         return model

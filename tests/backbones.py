@@ -65,6 +65,9 @@ SPECIAL: dict[str, dict] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "cohere": {"logit_scale": 0.5},
+    "falcon_h1": {"lm_head_multiplier": 0.05},
+    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma4_text": {"num_kv_shared_layers": 2},
     "granite": {"logits_scaling": 8.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
@@ -72,6 +75,7 @@ SPECIAL: dict[str, dict] = {
     "kimi_linear": {
         "layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 8, "linear_num_heads": 4,
     },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "reformer": {"is_decoder": True},

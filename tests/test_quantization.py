@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import BACKBONES, shared, tokens
+from tiny import BACKBONES, LLAMA_LIKE, shared, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from modeling_stateful_gpt import GateLoopForCausalLM
+from modeling_stateful_gpt import GateLoopForCausalLM, StatefulGPTForCausalLM
 from modeling_stateful_gpt.linear import FullPrecisionLinear
 
 quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed (extra: clients)")
@@ -65,6 +65,18 @@ def test_everything_linear_is_quantized_but_the_transitions_and_the_head(kind, t
     left = {name for name, module in linear.items() if isinstance(module, FullPrecisionLinear)} | {"lm_head"}
     assert {"model.feedback.value", "model.language_model.layers.0.mixer.q_proj"} <= quantized_names(model)
     assert quantized_names(model) == set(linear) - left and len(left) == 3
+
+
+def test_feedback_around_a_quantized_model_is_saved_and_loads_again(tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**LLAMA_LIKE, "hidden_size": 64})).save_pretrained(tmp_path / "base")
+    how = TorchAoConfig(KINDS["int8"]())
+    model = StatefulGPTForCausalLM.from_backbone(tmp_path / "base", quantization_config=how).eval()
+    torch.nn.init.normal_(model.model.feedback.down.weight, std=0.02)
+    model.save_pretrained(tmp_path / "again")
+    again, ids = StatefulGPTForCausalLM.from_pretrained(tmp_path / "again").eval(), tokens(2, 9)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert "Int8" in type(again.model.language_model.layers[0].mlp.up_proj.weight).__name__
 
 
 def test_a_quantized_model_is_saved_and_loads_again(tmp_path):

@@ -711,7 +711,13 @@ def choose_trainable(model: PreTrainedModel, arguments: ModelArguments) -> PreTr
             "and so is a batch of one pass. Train everything, or use --preset stateful."
         )
     if trainable == "lora":
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["feedback"]))
+        how = {"task_type": "CAUSAL_LM", "modules_to_save": ["feedback"]}
+        try:
+            return get_peft_model(model, LoraConfig(**how))
+        except ValueError:
+            name = type(model.model.language_model).__name__
+            logger.warning(f"peft does not say which modules of {name} to adapt: LoRA adapts all linear layers.")
+            return get_peft_model(model, LoraConfig(**how, target_modules="all-linear"))
     model.requires_grad_(False)
     model.model.feedback.requires_grad_(True)
     return model
