@@ -711,7 +711,7 @@ def choose_trainable(model: PreTrainedModel, arguments: ModelArguments) -> PreTr
             "and so is a batch of one pass. Train everything, or use --preset stateful."
         )
     if trainable == "lora":
-        how = {"task_type": "CAUSAL_LM", "modules_to_save": ["feedback"]}
+        how: dict[str, Any] = {"task_type": "CAUSAL_LM", "modules_to_save": ["feedback"]}
         try:
             return get_peft_model(model, LoraConfig(**how))
         except ValueError:
