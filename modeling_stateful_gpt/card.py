@@ -116,9 +116,9 @@ def on_the_hub(name: str | None) -> str | None:
     return None if Path(name).exists() else name
 
 
-def base_model_of(config: dict[str, Any], run: dict[str, Any], name: str | None) -> str | None:
-    """The name on the Hub of the model whose weights these started from; `name` is where they were loaded from."""
-    return on_the_hub(name or run.get("model_name_or_path") or config.get("text_config", {}).get("_name_or_path"))
+def base_model_of(config: dict[str, Any], run: dict[str, Any]) -> str | None:
+    """The name on the Hub of the model whose weights these started from."""
+    return on_the_hub(run.get("model_name_or_path") or config.get("text_config", {}).get("_name_or_path"))
 
 
 def dataset_of(folder: Path) -> str | None:
@@ -148,7 +148,6 @@ def make_card(
     repo_id: str,
     revision: str | None,
     tags: list[str] | None = None,
-    name_or_path: str | None = None,
     api: HfApi | None = None,
     present: Sequence[str] = (),
 ) -> ModelCard:
@@ -157,7 +156,7 @@ def make_card(
     results = read_json(folder / "results.json")
     auto_class, pipeline_tag = task_of(config)
     with reading(folder / "run.json"):
-        base_model = base_model_of(config, run, name_or_path)
+        base_model = base_model_of(config, run)
         # They may be paths; the Hub's names are in the metadata. And checksums.
         hidden = ["text_file", "dataset_name", "model_name_or_path", "tokenizer_name"]
         hidden += ["text", "tokenizer", "base_weights", "base_config"]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +20,6 @@ from transformers.utils import logging
 
 from .card import eval_results, is_written_by_hand, make_card
 from .checkpoint_files import WEIGHTS, code, no_link, plain, read_text, weights_and_index
-from .license import LICENSE
 
 logger = logging.get_logger(__name__)
 
@@ -43,12 +43,20 @@ UPLOADED = rf"config\.json|generation_config\.json|LICENSE|training_curve\.png|{
 pickled, and not `run.json` and `trainer_state.json`, which name files of the machine on which it was trained."""
 
 
+def license_text() -> bytes:
+    """The licence of the code: from the checkout, or from the installed package."""
+    file = Path(__file__).parents[1] / "LICENSE"
+    if file.exists():
+        return file.read_bytes()
+    listed = metadata.files("modeling-stateful-gpt") or []
+    return Path(str(next(name for name in listed if name.name == "LICENSE").locate())).read_bytes()
+
+
 def contents(
     folder: Path,
     repo_id: str,
     revision: str | None,
     tags: list[str] | None = None,
-    name_or_path: str | None = None,
     api: HfApi | None = None,
     present: Sequence[str] = (),
 ) -> dict[str, Path | bytes]:
@@ -68,12 +76,12 @@ def contents(
         name = file.relative_to(folder).as_posix()
         if name in wanted or re.fullmatch(UPLOADED, name):
             files[name] = plain(file)
-    files.setdefault("LICENSE", LICENSE.encode())
+    files.setdefault("LICENSE", license_text())
     files |= eval_results(folder)
     if by_hand:
         files["README.md"] = folder / "README.md"
     else:
-        files["README.md"] = str(make_card(folder, repo_id, revision, tags, name_or_path, api, present)).encode()
+        files["README.md"] = str(make_card(folder, repo_id, revision, tags, api, present)).encode()
     return files
 
 
@@ -98,7 +106,6 @@ def upload(
     create_pr: bool = False,
     tag: str | None = None,
     tags: list[str] | None = None,
-    name_or_path: str | None = None,
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> CommitInfo:
@@ -113,7 +120,6 @@ def upload(
         create_pr: open a pull request in place of the commit and the tag.
         tag: the git tag; by default the first of `v1`, `v2`, … that is free.
         tags: further tags for the metadata of the model card.
-        name_or_path: where the weights were loaded from before they were changed, if the folder does not tell.
 
     Raises:
         ValueError: a tag that exists, a pull request to a repository that does not, or a private upload to a public
@@ -145,7 +151,7 @@ def upload(
             tag = tag or next_version(existing)
 
         present = api.list_repo_files(repo_id, revision=None if create_pr else revision)
-        files = contents(folder, repo_id, None if create_pr else tag, tags, name_or_path, api, present)
+        files = contents(folder, repo_id, None if create_pr else tag, tags, api, present)
         if isinstance(files["README.md"], bytes) and card_on_hub_is_written_by_hand(api, repo_id, revision):
             del files["README.md"]
         # What the new version would otherwise be loaded with, or be judged by.
