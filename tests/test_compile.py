@@ -12,7 +12,8 @@ from transformers import CompileConfig, GPT2Config, LlamaConfig
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTConfig, StatefulGPTForCausalLM
 
-pytestmark = pytest.mark.skipif(OLD_TORCH, reason="older versions of torch break graphs elsewhere")
+BREAKS_ELSEWHERE = "torch before 2.13 breaks this graph elsewhere"
+new_torch = pytest.mark.skipif(OLD_TORCH, reason=BREAKS_ELSEWHERE)
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -125,6 +126,8 @@ def test_a_training_step_is_one_graph_with_the_gradients_of_eager_mode(name):
     "name", few(["gpt", "gateloop complex", "hybrid", "stateful gated_add"], ["stateful gated_add"])
 )
 def test_steps_of_all_lengths_are_two_graphs(name):
+    if OLD_TORCH and name == "stateful gated_add":
+        pytest.skip(BREAKS_ELSEWHERE)
     model, backend = make(name).train(), Counting()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for length in (9, 12, 17, 30):
@@ -132,6 +135,7 @@ def test_steps_of_all_lengths_are_two_graphs(name):
     assert backend.graphs == 2
 
 
+@new_torch
 @pytest.mark.parametrize("solver,fullgraph", few([("jacobi", True), ("cyclic", False)], [("cyclic", False)]))
 def test_a_packed_training_step_is_compiled(solver, fullgraph):
     model = around("gpt", training_solver=solver, num_passes=2, num_groups=2)().train()
@@ -143,6 +147,7 @@ def test_a_packed_training_step_is_compiled(solver, fullgraph):
     assert ["find_packing" in reason for reason in counters["graph_break"]] == [True] * (solver == "cyclic")
 
 
+@new_torch
 def test_given_the_number_of_passes_there_is_one_graph_for_each():
     torch.manual_seed(0)
     model = around("gpt", pass_probabilities=[0.3, 0.3, 0.4])().train()
@@ -155,6 +160,7 @@ def test_given_the_number_of_passes_there_is_one_graph_for_each():
     assert set(numbers) == {1, 2, 3} and backend.graphs == 3
 
 
+@new_torch
 def test_drawing_the_number_of_passes_breaks_the_graph_there_and_nowhere_else():
     torch.manual_seed(0)
     model = around("gpt", pass_probabilities=[0.5, 0.5])().train()
@@ -200,6 +206,8 @@ def generated(model, ids, new_tokens, backend=None, **kwargs):
 @pytest.mark.client("torch", "`torch.compile` of decoding with a static cache")
 @pytest.mark.parametrize("name", few(CACHED, ["pure", "stateful around hybrid", "stateful around llama"]))
 def test_decoding_with_a_static_cache_is_one_graph_and_compiles_no_token_anew(name):
+    if OLD_TORCH and name == "stateful around hybrid":
+        pytest.skip(BREAKS_ELSEWHERE)
     model, backend = trained(name), Counting()
     ids, mask = tokens(2, 6), padding(6)
     assert generated(model, ids, 18, backend, attention_mask=mask).equal(generated(model, ids, 18, attention_mask=mask))
