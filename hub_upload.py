@@ -29,8 +29,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 import modeling_stateful_gpt
 from modeling_stateful_gpt.card import task_of
 from modeling_stateful_gpt.checkpoint_files import code, read_json, read_text, weight_files
-from modeling_stateful_gpt.configuration_stateful_gpt import DECODE_MODES, SOLVERS
+from modeling_stateful_gpt.configuration_stateful_gpt import DECODE_MODES
 from modeling_stateful_gpt.ranges import COUNT, FRACTION, POSITIVE, PROBABILITY, SIZE, check_name, check_number
+from modeling_stateful_gpt.solvers import SOLVERS
 from modeling_stateful_gpt.upload import check_tag, contents, upload
 
 

@@ -18,7 +18,8 @@ from test_training import TRAINING, options, plain_run, text_files  # noqa: F401
 from tiny import few
 from train import parse, settings_of, spent, train
 from transformers import TrainerCallback
-from unbounded import CONTEXTS
+
+from modeling_stateful_gpt.unbounded import CONTEXTS
 
 WILD = ["--learning_rate=1e30", "--max_grad_norm=0", "--warmup_steps=0", "--lr_scheduler_type=constant"]
 
@@ -217,7 +218,7 @@ def test_documents_are_written_when_the_run_is_noted(error, text_files, tmp_path
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("unbounded.Documents.parts", fail)
+    monkeypatch.setattr("modeling_stateful_gpt.documents.Documents.parts", fail)
     full = pytest.raises(RunError, match=r"documents\.int32 could not be saved \(OSError: 3260 requested")
     with full if isinstance(error, OSError) else pytest.raises(KeyboardInterrupt):
         train(*parse(options(text_files, tmp_path / "run", *KINDS_OF_RUN["unbounded"])))

@@ -106,7 +106,9 @@ def test_the_python_snippets_run_where_only_the_wheel_is_installed(clean_python,
     pages = {page.name: "\n".join(blocks("python", [page])) for page in PAGES}
     assert len(blocks("python")) == 28
     snippets = [f"exec(compile({code!r}, {name!r}, 'exec'), {{}})" for name, code in pages.items()]
-    check = "import modeling_stateful_gpt, importlib.util\nprint(modeling_stateful_gpt.__file__)\n"
+    check = "import modeling_stateful_gpt, importlib.util, pkgutil\nprint(modeling_stateful_gpt.__file__)\n"
+    check += "for module in pkgutil.iter_modules(modeling_stateful_gpt.__path__, 'modeling_stateful_gpt.'):\n"
+    check += "    importlib.import_module(module.name)\n"
     check += "assert not any(map(importlib.util.find_spec, ('pytest', 'trl', 'datasets', 'matplotlib')))\n"
     script = tmp_path / "snippets.py"
     script.write_text("\n".join([check, *snippets]))

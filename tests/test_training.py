@@ -56,7 +56,8 @@ from train import (
 from train import main as train_main
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
-from warm_start import collate
+
+from modeling_stateful_gpt.warm_start import collate
 
 ROOT = Path(__file__).parent.parent
 TINY = [

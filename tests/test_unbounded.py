@@ -21,21 +21,12 @@ from tiny import MANY, NO_SPECIAL_TOKENS, VOCAB, tokens
 from tokenizers.processors import TemplateProcessing
 from train import RunError, parse, train
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
-from unbounded import (
-    Documents,
-    Progress,
-    WholeDocuments,
-    backward_through_time,
-    digest_of,
-    pack,
-    pad,
-    same_dropout,
-    truncated_backward,
-    unpack,
-)
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM, StatefulGPTForCausalLM
+from modeling_stateful_gpt.documents import Documents, WholeDocuments, pad
+from modeling_stateful_gpt.progress import Progress, digest_of, pack, unpack
 from modeling_stateful_gpt.reversible import ReversibleCell
+from modeling_stateful_gpt.unbounded import backward_through_time, same_dropout, truncated_backward
 
 MIXTURES = {
     "reversible": {"layer_types": ["reversible"] * 2},

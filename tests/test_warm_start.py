@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from test_training import TRAINING, losses, options, run_and_kill, text_files  # noqa: F401
 from train import RunError, logger, parse, prepare_data, train
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from warm_start import StatesMissing, StateStore, WarmStart, Windows, collate
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
+from modeling_stateful_gpt.warm_start import StatesMissing, StateStore, WarmStart, Windows, collate
 
 EPOCHS = 3
 

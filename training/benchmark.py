@@ -20,10 +20,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 from train import run_command
-from warm_start import StateStore
 
 from modeling_stateful_gpt import GateLoopConfig, StatefulGPTConfig, StatefulGPTForCausalLM
 from modeling_stateful_gpt.feedback import FUSIONS
+from modeling_stateful_gpt.warm_start import StateStore
 
 
 def paired_ratio(measured: Callable[[], object], reference: Callable[[], object], pairs: int, what: str) -> dict:

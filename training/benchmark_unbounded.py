@@ -25,11 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from train import RunError, load_model, run_command
 from transformers import set_seed
-from unbounded import Batch, backward_through_time, truncated_backward
 
 from modeling_stateful_gpt import GateLoopConfig, GateLoopForCausalLM
 from modeling_stateful_gpt.fixed_point import FRACTION_BITS, Words
 from modeling_stateful_gpt.reversible import FORMS, ReversibleCell, soften
+from modeling_stateful_gpt.unbounded import Batch, backward_through_time, truncated_backward
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

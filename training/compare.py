@@ -68,10 +68,10 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from warm_start import above
 
 from modeling_stateful_gpt import StatefulGPTForCausalLM
 from modeling_stateful_gpt.generation_gateloop import position_limit
+from modeling_stateful_gpt.warm_start import above
 
 # Wide enough for the table where the output is not a terminal.
 console = Console(width=None if sys.stdout.isatty() else 140)

@@ -56,9 +56,9 @@ from train import (
 )
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.modeling_outputs import CausalLMOutput
-from warm_start import StateStore
 
 from modeling_stateful_gpt import GateLoopConfig
+from modeling_stateful_gpt.warm_start import StateStore
 
 # Wide enough for the table where the output is not a terminal.
 console = Console(width=None if sys.stdout.isatty() else 120)

@@ -71,8 +71,6 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import is_liger_kernel_available, logging
-from unbounded import CONTEXTS, Documents, WholeDocuments, check_arguments, check_recurrent, computation, pad
-from warm_start import StatesMissing, StateStore, WarmStart, Windows, collate, losses_from_states, saved_state
 
 from modeling_stateful_gpt import (
     GateLoopConfig,
@@ -82,8 +80,20 @@ from modeling_stateful_gpt import (
     StatefulGPTModel,
 )
 from modeling_stateful_gpt.cache_layers import RECURRENT_LAYERS
+from modeling_stateful_gpt.documents import Documents, WholeDocuments, check_arguments, pad
 from modeling_stateful_gpt.generation_gateloop import position_limit
+from modeling_stateful_gpt.progress import computation
+from modeling_stateful_gpt.unbounded import CONTEXTS, check_recurrent
 from modeling_stateful_gpt.upload import upload
+from modeling_stateful_gpt.warm_start import (
+    StatesMissing,
+    StateStore,
+    WarmStart,
+    Windows,
+    collate,
+    losses_from_states,
+    saved_state,
+)
 
 logger = logging.get_logger("training")
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
@@ -90,8 +89,8 @@ class StateStore:
         needed, free = epochs * self.size - present, shutil.disk_usage(above(self.folder)).free
         if needed > free:
             raise OSError(
-                f"The states of {num_tokens:,} tokens, {width} wide, take {epochs} times {decimal(self.size)}; "
-                f"{decimal(free)} are left for {self.folder}. Use less text, a narrower model or another disk."
+                f"The states of {num_tokens:,} tokens, {width} wide, take {epochs} times {self.size / 1e9:,.2f} GB; "
+                f"{free / 1e9:,.2f} GB are left for {self.folder}. Use less text, a narrower model or another disk."
             )
 
     @property

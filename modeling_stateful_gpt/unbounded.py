@@ -19,42 +19,29 @@ gave at the one before, which would have to be known already.
 """
 
 import contextlib
-import copy
-import hashlib
 import json
 import os
-import re
-import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
-from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import (
     DynamicCache,
-    GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainingArguments,
 )
 from transformers.utils import logging
 
-from modeling_stateful_gpt.cache_layers import RECURRENT_LAYERS, LastHiddenStateLayer, RecurrentStateLayer
-from modeling_stateful_gpt.compat import checkpointing
-from modeling_stateful_gpt.fixed_point import Words
-from modeling_stateful_gpt.reversible_layers import ReversibleStateLayer
+from .cache_layers import RECURRENT_LAYERS, LastHiddenStateLayer, RecurrentStateLayer
+from .compat import checkpointing
+from .fixed_point import Words
+from .progress import Progress, contents, pack, refill, unpack
+from .reversible_layers import ReversibleStateLayer
 
 logger = logging.get_logger(__name__)
 
@@ -72,70 +59,6 @@ class RewindableLayer(ReversibleStateLayer):
 
     def advance(self, recur, inputs):
         return super().advance(partial(recur, words=self.words, backwards=self.backwards), inputs)
-
-
-def pack(value: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What a safetensors file is made of: the tensors in `value`, and as its metadata the rest, in JSON.
-
-    Args:
-        value: lists and dictionaries (without a key "tensor") of what JSON knows, tensors, and one-dimensional buffers
-            (`bytearray`, `array`), which come back as tensors.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-
-    def place(z: Any) -> dict:
-        if not isinstance(z, torch.Tensor):
-            z = torch.from_numpy(np.asarray(z))
-        number, flat = str(len(tensors)), z.detach()
-        # The format knows no complex numbers in double precision.
-        flat = torch.view_as_real(flat.resolve_conj()) if z.is_complex() else flat
-        tensors[number] = flat.cpu().contiguous()
-        return {"tensor": number, "is_complex": z.is_complex(), "device": str(z.device)}
-
-    return tensors, {"outline": json.dumps(value, default=place)}
-
-
-def unpack(metadata: dict[str, str], tensor: Callable[[str], torch.Tensor]) -> Any:
-    """What `pack` was given. `tensor` finds one by its name."""
-
-    def find(entry: dict) -> Any:
-        if "tensor" not in entry:
-            return entry
-        # A copy: the last bits of what is computed from a tensor depend on how it is aligned.
-        z = tensor(entry["tensor"]).to(entry["device"], copy=True)
-        return torch.view_as_complex(z) if entry["is_complex"] else z
-
-    return json.loads(metadata["outline"], object_hook=find)
-
-
-def digest_of(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """The SHA-256 of what `pack` gave: a file in which a bit has turned over must not become a gradient."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(repr((name, tensors[name].shape, tensors[name].dtype)).encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-HELD = (torch.Tensor, int, type(None), Words)
-"""The kinds of a layer's attributes that its past changes."""
-
-
-def contents(layer) -> dict[str, Any]:
-    """What a layer holds, for `pack`."""
-    held = {name: z for name, z in vars(layer).items() if isinstance(z, HELD)}
-    return {name: vars(z) if isinstance(z, Words) else z for name, z in held.items()}
-
-
-def refill(layer, held: dict[str, Any]) -> None:
-    """Puts what `contents` gave into a new layer of the same kind."""
-    for name, z in vars(layer).items():
-        if isinstance(z, Words):
-            z.bytes += held[name]["bytes"].numpy().tobytes()
-            z.moves.frombytes(held[name]["moves"].numpy().tobytes())
-            z.steps = held[name]["steps"]
-        elif isinstance(z, HELD):
-            setattr(layer, name, held[name])
 
 
 class Boundaries:
@@ -323,112 +246,6 @@ class Reading:
         self.forwards, self.backwards = held["forwards"], held["backwards"]
 
 
-NOTES = {"architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"}
-"""What stands in a configuration and decides nothing; saving a model changes it."""
-
-
-def computation(config: PreTrainedConfig | GenerationConfig) -> str:
-    """A configuration without `NOTES`, as JSON."""
-
-    def without_notes(fields: dict) -> dict:
-        return {name: value for name, value in fields.items() if name not in NOTES}
-
-    return json.dumps(json.loads(config.to_json_string(), object_hook=without_notes), sort_keys=True)
-
-
-# Not .safetensors: what publishes the folder would take it for weights. What is pickled (.pt) is only deleted.
-FILE_NAME = re.compile(r"document-[0-9a-f]{16}-\d+\.(progress|unfinished|pt)")
-
-
-class Progress:
-    """Keeps a `Reading` in a safetensors file, so that a killed run can go on in the middle of a document.
-
-    A file is named after all that the gradients depend on: as a run is resumed from a checkpoint, it comes again to the
-    same documents with the same weights and the same dropout, and what is not the same is not taken up.
-
-    Args:
-        folder: where; None to keep nothing.
-        seconds: between two writes.
-    """
-
-    FORMAT = 4
-    """Of the files. One of another is not taken up."""
-
-    def __init__(self, folder: Path | None = None, seconds: float = 300):
-        self.folder, self.seconds, self.written = folder, seconds, time.monotonic()
-
-    @cached_property
-    def path(self) -> Path:
-        batch, mask = self.batch, self.batch.attention_mask
-        sizes = (self.FORMAT, self.context, batch.seed, batch.chunk_size, batch.num_items_in_batch)
-        digest = hashlib.sha256(repr((*sizes, computation(batch.model.config))).encode())
-        for tensor in (batch.input_ids, batch.labels, *([] if mask is None else [mask]), *batch.model.parameters()):
-            digest.update(repr((tensor.shape, tensor.device)).encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return self.folder / f"document-{digest.hexdigest()[:16]}-{PartialState().process_index}.progress"
-
-    def begin(self, batch: Batch, context: str, reading: Reading) -> Reading:
-        """The reading in the file, if there is one, with the gradients so far; otherwise the given one."""
-        self.batch, self.context = batch, context
-        # To take the digest of all weights takes time, which most steps need not spend.
-        if self.folder is None or not any(self.folder.glob("document-*.progress")) or not self.path.exists():
-            return reading
-        try:
-            with safe_open(self.path, "pt") as file:
-                metadata = file.metadata()
-            tensors = safetensors.torch.load_file(self.path)
-            if metadata.pop("digest") != digest_of(tensors, metadata):
-                raise ValueError("its digest is that of other contents")
-            saved = unpack(metadata, tensors.__getitem__)
-            # A copy, as something may turn out to be wrong half-way.
-            resumed, gradients = copy.deepcopy(reading), saved["parameters"]
-            resumed.refill(saved["reading"])
-            for parameter, gradient in zip(batch.model.parameters(), gradients, strict=True):
-                if gradient is not None and (gradient.shape, gradient.dtype) != (parameter.shape, parameter.dtype):
-                    raise ValueError(f"a gradient is {list(gradient.shape)}, its parameter {list(parameter.shape)}")
-        except Exception as error:  # Whatever is in the file.
-            logger.warning(
-                f"{self.path} is damaged, or something else than progress ({type(error).__name__}: {error}); the "
-                f"documents are read again from their beginning."
-            )
-            return reading
-        logger.warning(f"Going on in the middle of documents, from {self.path}.")
-        for parameter, gradient in zip(batch.model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        return resumed
-
-    def save(self, batch: Batch, reading: Reading) -> None:
-        if self.folder is None or time.monotonic() - self.written < self.seconds:
-            return
-        unfinished = self.path.with_suffix(".unfinished")
-        value = {"reading": reading.contents(), "parameters": [p.grad for p in batch.model.parameters()]}
-        tensors, metadata = pack(value)
-        metadata["digest"] = digest_of(tensors, metadata)
-        try:
-            safetensors.torch.save_file(tensors, unfinished, metadata)
-            os.replace(unfinished, self.path)
-        except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
-            logger.warning_once(
-                f"How far documents are read cannot be kept ({error}). Killed, the run would begin them again."
-            )
-        self.written = time.monotonic()
-
-    def end(self) -> None:
-        if "path" in vars(self) and self.path.is_file():
-            self.path.unlink()
-
-
-class DeleteProgress(TrainerCallback):
-    """When a run is over, of the documents that were being read when it was killed once."""
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            for path in Path(args.output_dir).glob("document-*"):
-                if FILE_NAME.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
-
-
 def backward_through_time(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -529,111 +346,3 @@ def truncated_backward(
 
 
 CONTEXTS: dict[str, Callable[..., torch.Tensor]] = {"unbounded": backward_through_time, "truncated": truncated_backward}
-
-
-class Documents(Dataset):
-    """The tokens of whole documents, each closed by the end token, in a file that is memory-mapped.
-
-    A document is tokenised in parts of about `PART` characters, cut after a line.
-
-    An item is the `input_ids` of a document.
-    """
-
-    PART = 1_000_000
-
-    def __init__(self, path: str | Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, write: bool = True):
-        """`write`: False if another process has written the files."""
-        path, ends_path = Path(path), Path(f"{path}.ends.npy")
-        if write:
-            ends = [0]
-            with path.open("wb") as file:
-                for text in texts:
-                    for number, part in enumerate(self.parts(text)):
-                        ids = tokenizer(part, add_special_tokens=number == 0)["input_ids"]
-                        np.asarray(ids, dtype=np.int32).tofile(file)
-                    np.array([tokenizer.eos_token_id], dtype=np.int32).tofile(file)
-                    ends.append(file.tell() // 4)
-            np.save(ends_path, ends)
-        self.tokens, self.ends = np.memmap(path, dtype=np.int32, mode="r"), np.load(ends_path)
-
-    def parts(self, text: str) -> Iterator[str]:
-        start = 0
-        while start < len(text):
-            end = text.find("\n", start + self.PART) + 1 or len(text)
-            yield text[start:end]
-            start = end
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"input_ids": self.tokens[self.ends[index] : self.ends[index + 1]]}
-
-
-def pad(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Documents of different lengths, right-padded; what is padding, the mask says."""
-    ids = [torch.from_numpy(np.array(example["input_ids"], dtype=np.int64)) for example in examples]
-    together = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    lengths = torch.tensor([len(document) for document in ids])
-    real = torch.arange(together.shape[1]) < lengths[:, None]
-    batch = {"input_ids": together, "labels": together.masked_fill(~real, -100)}
-    return batch if real.all() else {**batch, "attention_mask": real.long()}
-
-
-def check_arguments(arguments: TrainingArguments) -> None:
-    """Raises a ValueError for what steps over whole documents do not do."""
-    if arguments.fp16 or arguments.n_gpu > 1:
-        raise ValueError(
-            "Whole documents are not trained on with fp16 or several GPUs a process; use fp32 or bf16, and DDP."
-        )
-    other_loss = arguments.label_smoothing_factor or not arguments.average_tokens_across_devices
-    if other_loss or arguments.gradient_checkpointing:
-        raise ValueError(
-            "Whole documents are trained on with the mean loss over all tokens: leave out label_smoothing_factor, "
-            "gradient_checkpointing and average_tokens_across_devices=False."
-        )
-
-
-class WholeDocuments:
-    """Mixed into a Trainer: a step is one over whole documents, read in pieces of `chunk_size`; see `CONTEXTS`.
-
-    Every `progress_seconds`, how far a document has been read is kept in the output folder. Resumed from a checkpoint,
-    a run goes on from there when it comes to that document again.
-    """
-
-    def __init__(
-        self, *args, context: str = "unbounded", chunk_size: int = 1024, progress_seconds: float = 300, **kwargs
-    ):
-        super().__init__(*args, **kwargs)
-        self.context, self.chunk_size, self.progress_seconds = context, chunk_size, progress_seconds
-        check_recurrent(self.model)  # type: ignore[attr-defined]
-        self.add_callback(DeleteProgress())  # type: ignore[attr-defined]
-        check_arguments(self.args)  # type: ignore[attr-defined]
-        if self.compute_loss_func:  # type: ignore[attr-defined]
-            raise ValueError("Whole documents are trained on with the mean loss: leave out compute_loss_func.")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
-            raise ValueError("Whole documents are not trained on with FSDP or DeepSpeed; use DDP.")
-
-    def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
-        """Leaves gradients as Trainer's own does: of the tokens' mean loss over accumulated batches and processes."""
-        model.train()
-        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-        accelerator = self.accelerator  # type: ignore[attr-defined]
-        whole = accelerator.unwrap_model(model)
-        folder = Path(self.args.output_dir)  # type: ignore[attr-defined]
-        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            loss = CONTEXTS[self.context](
-                whole,
-                chunk_size=self.chunk_size,
-                num_items_in_batch=num_items_in_batch,
-                progress=Progress(folder, self.progress_seconds),
-                **inputs,
-            )
-        if accelerator.num_processes > 1 and accelerator.sync_gradients:
-            for parameter in whole.parameters():
-                if parameter.requires_grad:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    parameter.grad = accelerator.reduce(parameter.grad, "sum")
-        # Trainer takes the mean over the processes of what it logs.
-        return loss * accelerator.num_processes
