@@ -67,7 +67,7 @@ SPECIAL: dict[str, dict] = {
     "cohere": {"logit_scale": 0.5},
     "falcon_h1": {"lm_head_multiplier": 0.05},
     "gemma3n_text": {"num_kv_shared_layers": 2},
-    "gemma4_text": {"num_kv_shared_layers": 2},
+    "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "granite": {"logits_scaling": 8.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
