@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -30,8 +31,10 @@ import modeling_stateful_gpt
 from modeling_stateful_gpt.card import task_of
 from modeling_stateful_gpt.checkpoint_files import code, read_json, read_text, weight_files
 from modeling_stateful_gpt.configuration_stateful_gpt import DECODE_MODES
+from modeling_stateful_gpt.feedback import FUSIONS
 from modeling_stateful_gpt.ranges import COUNT, FRACTION, POSITIVE, PROBABILITY, SIZE, check_name, check_number
 from modeling_stateful_gpt.solvers import SOLVERS
+from modeling_stateful_gpt.state_adapter import STATE_CONFIG, STATE_WEIGHTS, read_description
 from modeling_stateful_gpt.upload import check_tag, contents, upload
 
 
@@ -43,6 +46,8 @@ def check_checkpoint(folder: Path) -> None:
     """Raises an UploadError for a folder from which `from_pretrained` could not load a model and its tokenizer."""
     if not folder.is_dir():
         raise UploadError(f"There is no folder {folder}.")
+    if (folder / STATE_CONFIG).exists():
+        return check_state(folder)
     if (folder / "adapter_config.json").exists():
         raise UploadError(f"{folder} holds a PEFT adapter; PeftModel.from_pretrained(…).push_to_hub(…) publishes it.")
     try:
@@ -151,6 +156,25 @@ def check_generation(fields: dict[str, Any], vocab_size: int) -> None:
                 raise ValueError(f"{name} is {token!r}; the tokens are 0 … {vocab_size - 1}")
     check_name("decode_mode", fields.get("decode_mode"), [*DECODE_MODES, None])
     check_name("solver", fields.get("solver"), [*SOLVERS, None])
+
+
+def check_state(folder: Path) -> None:
+    """Raises an UploadError for a folder that `save_state` has not written, or whose weights are no fusion."""
+    try:
+        description = read_description(folder)
+        hidden_size = description["base_config"]["hidden_size"]
+        fusion = FUSIONS[description["stateful_gpt"]["feedback"]](hidden_size)
+        weights = load_file(folder / STATE_WEIGHTS)
+        fusion.load_state_dict(weights)
+    except Exception as error:
+        raise UploadError(
+            f"{folder} holds a state that cannot be used ({type(error).__name__}: {error}). Save it again with "
+            f"save_state."
+        ) from error
+    if not all(z.isfinite().all() for z in weights.values()):
+        raise UploadError(f"{folder / STATE_WEIGHTS} is not finite. Train it again, or upload another one.")
+    if not (folder / "modeling_stateful_gpt.py").exists():
+        raise UploadError(f"{folder} lacks its code. Save it again with save_state.")
 
 
 def show(folder: Path, repo_id: str, tag: str | None) -> None:

@@ -36,6 +36,7 @@ from .modeling_stateful_gpt import (
     StatefulGPTForTokenClassification,
     StatefulGPTModel,
 )
+from .state_adapter import save_state, without_state
 
 __all__ = [
     "Agreement",
@@ -53,7 +54,9 @@ __all__ = [
     "StatefulGPTModel",
     "convert_gateloop_transformer",
     "convert_simple_gate_loop_layer",
+    "save_state",
     "verify_agreement",
+    "without_state",
 ]
 
 

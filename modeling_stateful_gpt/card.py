@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 
 from .checkpoint_files import count_parameters, finite, read_json, reading
 from .compat import OLDEST
@@ -200,6 +201,72 @@ def make_card(
         evaluation=evaluation_afterwards(folder) or evaluation_in_training(folder),
         base_model=base_model,
         pictures=["training_curve.png"] if (folder / "training_curve.png").exists() else [],
+    )
+
+
+STATE_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ generated }}
+
+A recurrent state for {% if base_model %}[{{ base_model }}](https://huggingface.co/{{ base_model }}){% else %}a language
+model{% endif %}: the last hidden state of each token enriches the embedding of the next ({{ feedback }}).
+{{ parameters }} parameters{% if lora %}, and LoRA weights beside them{% endif %}.
+
+## Use
+
+```python
+from transformers import AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+{% set pinned = ', revision="' + revision + '"' if revision else "" -%}
+code = "modeling_stateful_gpt.StatefulGPTForCausalLM"
+StatefulGPT = get_class_from_dynamic_module(code, "{{ repo_id }}"{{ pinned }})
+model = StatefulGPT.from_backbone("{{ base }}", state="{{ repo_id }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ base }}")
+inputs = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+
+This runs the code in this repository. It needs {{ needs }}, or newer. vLLM and SGLang cannot run it: from token to
+token they carry keys and values, and no other state.
+
+## Licence
+
+The code is under the Apache License 2.0 (`LICENSE`).
+"""
+
+
+def make_state_card(
+    folder: Path, repo_id: str, revision: str | None, tags: list[str] | None = None, api: HfApi | None = None
+) -> ModelCard:
+    """The model card of a folder that `save_state` has written."""
+    description = read_json(folder / "state_config.json")
+    base_model, license_name = known_to(api, on_the_hub(description["base_model"]))
+    with safe_open(folder / "state.safetensors", framework="pt") as weights:
+        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in list(weights.keys()))
+    return ModelCard.from_template(
+        ModelCardData(
+            license=license_name,
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            base_model=base_model,
+            base_model_relation="adapter" if base_model else None,
+            tags=sorted({"custom_code", "stateful-gpt", *(tags or [])}),
+        ),
+        template_str=STATE_TEMPLATE,
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        revision=revision,
+        generated=GENERATED,
+        base=description["base_model"] or "the language model's name",
+        feedback=description["stateful_gpt"]["feedback"],
+        parameters=f"{parameters:,}",
+        lora=(folder / "adapter_config.json").exists(),
+        needs=" and ".join(f"{package} {version}" for package, version in OLDEST.items()),
     )
 
 

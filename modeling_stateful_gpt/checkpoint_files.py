@@ -25,6 +25,11 @@ def code(folder: Path) -> set[str]:
         # A tokenizer has two classes, one of which may be None.
         entries = [entry for value in auto_map.values() for entry in (value if isinstance(value, list) else [value])]
         modules = [entry.split(".")[0] for entry in entries if entry is not None]
+    return with_imports(folder, modules)
+
+
+def with_imports(folder: Path, modules: list[str]) -> set[str]:
+    """The files of these modules of a folder, and of those that they import from it."""
     found: set[str] = set()
     while modules:
         name = f"{modules.pop()}.py"

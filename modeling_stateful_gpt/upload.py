@@ -18,8 +18,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from .card import eval_results, is_written_by_hand, make_card
-from .checkpoint_files import WEIGHTS, code, no_link, plain, read_text, weights_and_index
+from .card import eval_results, is_written_by_hand, make_card, make_state_card
+from .checkpoint_files import WEIGHTS, code, no_link, plain, read_text, weights_and_index, with_imports
+from .state_adapter import LORA_FILES, STATE_CONFIG, STATE_WEIGHTS
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +70,12 @@ def contents(
     card = read_text(folder / "README.md")
     by_hand = bool(card) and is_written_by_hand(card)
     shown = {name for name, _ in re.findall(rf"\(({PICTURE})\)", card)} if by_hand else set()
-    wanted = code(folder) | shown | {file.name for file in weights_and_index(folder)}
+    is_state = (folder / STATE_CONFIG).exists()
+    if is_state:
+        wanted = with_imports(folder, ["modeling_stateful_gpt"]) | {STATE_CONFIG, STATE_WEIGHTS, *LORA_FILES}
+    else:
+        wanted = code(folder) | {file.name for file in weights_and_index(folder)}
+    wanted |= shown
     files: dict[str, Path | bytes] = {}
     templates = no_link(folder / "additional_chat_templates")
     for file in sorted([*folder.glob("*"), *templates.glob("*")]):
@@ -78,7 +84,9 @@ def contents(
             files[name] = plain(file)
     files.setdefault("LICENSE", license_text())
     files |= eval_results(folder)
-    if by_hand:
+    if is_state and not by_hand:
+        files["README.md"] = str(make_state_card(folder, repo_id, revision, tags, api)).encode()
+    elif by_hand:
         files["README.md"] = folder / "README.md"
     else:
         files["README.md"] = str(make_card(folder, repo_id, revision, tags, api, present)).encode()

@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -20,10 +22,22 @@ FIELDS = {field.name for field in dataclasses.fields(StatefulGPTConfig)} - {"dty
 QUANTIZED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit from which a model of the Hub was just loaded; None for a folder."""
+    if os.path.isdir(name):
+        return None
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 class WrappingMixin:
     @classmethod
     def from_backbone(
-        cls: Any, backbone: str | os.PathLike | PreTrainedModel, feedback: str | None = "correction", **options
+        cls: Any,
+        backbone: str | os.PathLike | PreTrainedModel,
+        feedback: str | None = "correction",
+        state: str | os.PathLike | None = None,
+        **options,
     ) -> Any:
         """Puts feedback around a trained causal language model, whose modules are taken over, not copied.
 
@@ -31,21 +45,32 @@ class WrappingMixin:
             backbone: the model, or a name or path for `AutoModelForCausalLM.from_pretrained`.
             feedback: `"correction"` and `"gated_add"` start out computing exactly what the backbone computes; `"glu"`
                 cannot.
+            state: what `save_state` has written for this language model: a folder, or a name on the Hub. It says what
+                the feedback is. With an adapter of peft beside it, the `PeftModel` is returned.
             options: further fields of `StatefulGPTConfig`; with a name or path, also what `from_pretrained` takes
                 (`dtype`, `device_map`, `quantization_config`, `revision`, …).
 
         Raises:
-            ValueError: if it is no decoder with a head on it that takes feedback, or if its weights are not finite.
+            ValueError: if it is no decoder with a head on it that takes feedback, if its weights are not finite, or if
+                the state is another model's.
         """
         config = {name: value for name, value in options.items() if name in FIELDS}
         others = {name: value for name, value in options.items() if name not in FIELDS}
         if isinstance(backbone, (str, os.PathLike)):
-            backbone = AutoModelForCausalLM.from_pretrained(backbone, **others)
+            name, backbone = backbone, AutoModelForCausalLM.from_pretrained(backbone, **others)
+            backbone.base_revision = commit_of(str(name), others.get("revision"))
         elif others:
             raise ValueError(
                 f"{', '.join(others)}: no field of StatefulGPTConfig. What from_pretrained takes goes with the name of "
                 f"a model, not with a model."
             )
+        if state is not None:
+            from .state_adapter import check_base, find_state, load_state, read_description
+
+            folder = find_state(state)
+            description = read_description(folder)
+            check_base(description, backbone.config, backbone.name_or_path or type(backbone).__name__)
+            return load_state(cls.from_backbone(backbone, **{**description["stateful_gpt"], **config}), folder)
         if backbone.config.is_encoder_decoder:
             raise ValueError(f"{type(backbone).__name__} is an encoder-decoder model; feedback needs a decoder alone.")
         head = backbone.get_output_embeddings()
@@ -97,6 +122,7 @@ class WrappingMixin:
             fusion.start_at_identity()
             model.model.feedback = fusion.to(backbone.device, backbone.dtype)
         model.generation_config = backbone.generation_config
+        model.base_revision = getattr(backbone, "base_revision", None)
         # What saving quantised weights needs.
         vars(model).update({name: value for name, value in vars(backbone).items() if name in QUANTIZED})
         if hasattr(backbone.config, "quantization_config"):

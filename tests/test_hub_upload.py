@@ -573,7 +573,7 @@ CODE_OF_ALL = {
 CODE_OF_STATEFUL = CODE_OF_ALL | {
     "alignment.py", "backbone.py", "configuration_stateful_gpt.py", "evaluation.py", "feedback.py",
     "generation_stateful_gpt.py", "language_modeling.py", "modeling_stateful_gpt.py", "outputs.py", "plan.py",
-    "probe.py", "recurrence.py", "solvers.py", "training_recurrence.py", "wrapping.py",
+    "probe.py", "recurrence.py", "solvers.py", "state_adapter.py", "training_recurrence.py", "wrapping.py",
 }  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def checkpoint(tmp_path):
 
 def test_the_python_snippets_run_where_only_the_wheel_is_installed(clean_python, checkpoint, tmp_path):
     pages = {page.name: "\n".join(blocks("python", [page])) for page in PAGES}
-    assert len(blocks("python")) == 28
+    assert len(blocks("python")) == 29
     snippets = [f"exec(compile({code!r}, {name!r}, 'exec'), {{}})" for name, code in pages.items()]
     check = "import modeling_stateful_gpt, importlib.util, pkgutil\nprint(modeling_stateful_gpt.__file__)\n"
     check += "for module in pkgutil.iter_modules(modeling_stateful_gpt.__path__, 'modeling_stateful_gpt.'):\n"
