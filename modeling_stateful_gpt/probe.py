@@ -97,12 +97,13 @@ def steps_differ(backbone: Backbone) -> bool:
 
 
 @torch.compiler.disable
-def takes_in_padding(backbone: Backbone) -> bool:
+def takes_in_padding(backbone: Backbone, batch: int) -> bool:
     """Whether padding before a text changes the states of a language model with layers that have one: a bias on what
-    they read gets in, though the mask hides the rest."""
-    if "padding" not in backbone.traits.probed:
+    they read gets in, though the mask hides the rest. (Older versions of transformers do not mask a batch of one.)"""
+    batch = min(batch, 2)
+    if ("padding", batch) not in backbone.traits.probed:
         with evaluation_mode(backbone.language_model), torch.no_grad():
-            _, embeds = probe_text(backbone, 1, backbone.device)
+            _, embeds = probe_text(backbone, batch, backbone.device)
             padded = torch.cat([embeds[:, :4], embeds], dim=1)
             mask = torch.ones(padded.shape[:2], dtype=torch.long, device=padded.device)
             mask[:, :4] = 0
@@ -111,14 +112,14 @@ def takes_in_padding(backbone: Backbone) -> bool:
             after = backbone.run(padded, None, mask, positions).last_hidden_state[:, 4:]
         change = relative_change(after, alone, torch.ones_like(mask[:, 4:]).bool())
         floor = max(probe(backbone).rounding_floor, torch.finfo(backbone.language_model.dtype).eps)
-        backbone.traits.probed["padding"] = bool(change.median() > 64 * floor)
-    return backbone.traits.probed["padding"]
+        backbone.traits.probed["padding", batch] = bool(change.median() > 64 * floor)
+    return backbone.traits.probed["padding", batch]
 
 
 @torch.compiler.disable
 def refuse_padding(backbone: Backbone, attention_mask: torch.Tensor | None) -> None:
     """Raises a ValueError for padding that the language model would take in."""
-    if attention_mask is not None and not attention_mask.all() and takes_in_padding(backbone):
+    if attention_mask is not None and not attention_mask.all() and takes_in_padding(backbone, len(attention_mask)):
         raise ValueError(
             f"{type(backbone.language_model).__name__} takes padding into its state here, as it does without feedback: "
             f"a bias on what it reads gets past the mask. Give it texts without padding, one by one."

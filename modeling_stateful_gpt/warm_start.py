@@ -25,8 +25,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
 
 
 class Windows(Dataset):
@@ -313,7 +311,7 @@ class NextEpoch(TrainerCallback):
         processes.wait_for_everyone()  # What another process has written is read from now on.
         self.store.forget(epochs_of(state))
         if processes.is_main_process:
-            saved = filter(None, map(saved_state, sort_checkpoints(args.output_dir)))
+            saved = filter(None, map(saved_state, Path(args.output_dir).glob("checkpoint-*")))
             self.store.keep(set().union(*map(epochs_of, [state, *saved])))
 
 
@@ -323,9 +321,9 @@ def epochs_of(state: TrainerState) -> set[int]:
     return {epoch - 1, epoch}
 
 
-def saved_state(checkpoint: str) -> TrainerState | None:
+def saved_state(checkpoint: str | Path) -> TrainerState | None:
     """That of a checkpoint; None if it was not written to its end, before a run was killed perhaps."""
     try:
-        return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))  # Trainer writes it last.
+        return TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))  # Trainer writes it last.
     except (OSError, ValueError):
         return None

@@ -138,9 +138,10 @@ def test_the_cache_may_be_given_by_either_of_its_names(name):
 
 def test_a_language_model_is_given_its_cache_by_the_name_it_has():
     class Renamed(LlamaModel):
-        def forward(self, cache=None, **kwargs):
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, cache=None, **kwargs):
             assert kwargs.pop("past_key_values", None) is None
-            return super().forward(**{CACHE: cache}, **kwargs)
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+            return super().forward(**inputs, **{CACHE: cache}, **kwargs)
 
     backbone = LlamaForCausalLM(BACKBONES["llama"]())
     backbone.model.__class__ = Renamed

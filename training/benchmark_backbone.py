@@ -70,11 +70,11 @@ def text(tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
 def prompts(plain: PreTrainedModel, model: Any, ids: torch.Tensor, pairs: int) -> list[dict]:
     reference = partial(plain.eval(), ids, use_cache=True, logits_to_keep=1)
     model.eval()
-    lines = []
+    lines = [{"what": f"prompt of {ids.shape[1]} tokens, the plain model", "peak_mib": peak(reference)}]
     for mode in ("plain_prompt", "passes", "solved"):
         read = partial(model, ids, use_cache=True, logits_to_keep=1, decode_mode=mode)
         line = paired_ratio(read, reference, pairs, f"prompt of {ids.shape[1]} tokens, {mode}")
-        lines.append({**line, "passes": read().passes})
+        lines.append({**line, "passes": read().passes, "peak_mib": peak(read)})
     return lines
 
 
@@ -86,7 +86,11 @@ def decoding(plain: PreTrainedModel, model: StatefulGPTForCausalLM, ids: torch.T
         cache = one(ids, use_cache=True, logits_to_keep=1, **how).past_key_values
         steps.append(partial(one, ids[:, :1], past_key_values=cache, use_cache=True))
     measured, reference = steps
-    return [paired_ratio(measured, reference, 8 * pairs, f"a decoded token after {ids.shape[1]}")]
+    line = paired_ratio(measured, reference, 8 * pairs, f"a decoded token after {ids.shape[1]}")
+    return [
+        {"what": "a decoded token, the plain model", "peak_mib": peak(reference)},
+        line | {"peak_mib": peak(measured)},
+    ]
 
 
 def training_step(model: PreTrainedModel, ids: torch.Tensor) -> None:
