@@ -51,6 +51,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
     StaticLayer,
 )
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
@@ -120,6 +121,7 @@ __all__ = [
     "checkpointing",
     "create_mask",
     "create_masks",
+    "custom_object_save",
     "is_sharded",
     "maybe_autocast",
     "merge_with_config_defaults",

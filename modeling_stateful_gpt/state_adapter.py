@@ -18,9 +18,9 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.dynamic_module_utils import custom_object_save
 
 from .backbone import evaluation_mode
+from .compat import custom_object_save
 
 if TYPE_CHECKING:
     from .modeling_stateful_gpt import StatefulGPTForCausalLM

@@ -107,7 +107,7 @@ def test_states_that_are_gone_or_have_no_room_are_said_to_be(tmp_path):
         store.read(1, torch.tensor([0]), 5)
     with pytest.raises(OSError, match="states of another text or width"):
         StateStore(tmp_path, 10, 5).write(1, torch.tensor([0]), torch.ones(1, 10, 5))
-    with pytest.raises(OSError, match=r"take 2 times 8.0 PB.*Use less text"):
+    with pytest.raises(OSError, match=r"take 2 times 8,000,000.00 GB.*Use less text"):
         StateStore(tmp_path, 10**12, 4000)
 
 
