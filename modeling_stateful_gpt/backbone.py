@@ -17,6 +17,7 @@ from .compat import (
     LinearAttentionLayer,
     cache_argument,
     checkpointing,
+    per_layer_inputs,
 )
 
 ROUTED = "output_router_logits"
@@ -109,7 +110,7 @@ class Backbone:
                 f"{type(self.language_model).__name__} reads the tokens themselves, not their embeddings alone: pass "
                 f"input_ids, or per_layer_inputs beside inputs_embeds."
             )
-        return {"per_layer_inputs": self.language_model.get_per_layer_inputs(input_ids)}
+        return {"per_layer_inputs": per_layer_inputs(self.language_model, input_ids)}
 
     def make_cache(self) -> DynamicCache:
         return DynamicCache(config=self.text_config)

@@ -201,7 +201,8 @@ def fill_in_layers(cache: Cache, config: PreTrainedConfig) -> None:
         if not isinstance(layer, LinearAttentionCacheLayerMixin) and layer.get_seq_length() == 0:
             layers.remove(layer)
             cache.layers.remove(layer)
-    if len(layers) != config.num_hidden_layers:
+    # In older versions of transformers, layers that share keys and values with others have none of their own.
+    if len(layers) != config.num_hidden_layers and len(layers) != len(DynamicCache(config=config).layers):
         raise ValueError(
             f"The cache has {len(layers)} layers, the model {config.num_hidden_layers}: it is another model's. Make "
             f"one by DynamicCache(config=model.config)."

@@ -125,6 +125,7 @@ __all__ = [
     "is_sharded",
     "maybe_autocast",
     "merge_with_config_defaults",
+    "per_layer_inputs",
     "register_static_layers",
     "slice_logits_to_keep",
 ]
@@ -152,6 +153,14 @@ def cache_argument(forward: Callable) -> str | None:
     if "cache_params" in parameters and Cache not in get_args(parameters["cache_params"].annotation):
         return None  # xLSTM has a cache of its own.
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
+
+
+def per_layer_inputs(language_model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """What each layer of Gemma 3n and 4 reads of the tokens. Until transformers 5.16 or so, embeddings are asked for as
+    well, and not looked at."""
+    read = language_model.get_per_layer_inputs
+    unused = {"inputs_embeds": None} if "inputs_embeds" in inspect.signature(read).parameters else {}
+    return read(input_ids, **unused)
 
 
 def create_mask(past_key_values: Cache | None, **kwargs) -> Any:
