@@ -158,7 +158,7 @@ def cache_argument(forward: Callable) -> str | None:
 def per_layer_inputs(language_model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """What each layer of Gemma 3n and 4 reads of the tokens. Until transformers 5.16 or so, embeddings are asked for as
     well, and not looked at."""
-    read = language_model.get_per_layer_inputs
+    read: Any = language_model.get_per_layer_inputs
     unused = {"inputs_embeds": None} if "inputs_embeds" in inspect.signature(read).parameters else {}
     return read(input_ids, **unused)
 
