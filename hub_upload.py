@@ -11,6 +11,7 @@ loads that version.
 import argparse
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import modeling_stateful_gpt
 from modeling_stateful_gpt.card import task_of
-from modeling_stateful_gpt.checkpoint_files import code, read_json, read_text, weight_files
+from modeling_stateful_gpt.checkpoint_files import code, read_json, read_text, weight_files, with_imports
 from modeling_stateful_gpt.configuration_stateful_gpt import DECODE_MODES
 from modeling_stateful_gpt.feedback import FUSIONS
 from modeling_stateful_gpt.ranges import COUNT, FRACTION, POSITIVE, PROBABILITY, SIZE, check_name, check_number
@@ -89,7 +90,9 @@ def check_checkpoint(folder: Path) -> None:
         except (SafetensorError, OSError) as error:
             raise UploadError(f"{file} is damaged, or missing ({error}). Save the checkpoint again.") from error
     tied = set(expected.all_tied_weights_keys)
-    if surplus := sorted(shapes.keys() - wanted.keys()):
+    ignored = expected._keys_to_ignore_on_load_unexpected or []
+    surplus = sorted(name for name in shapes.keys() - wanted.keys() if not any(re.search(i, name) for i in ignored))
+    if surplus:
         raise UploadError(
             f"{folder} has weights for which its config.json has no place: {', '.join(surplus[:3])}"
             f"{' …' if len(surplus) > 3 else ''}. They do not belong together; save the model again."
@@ -162,7 +165,7 @@ def check_state(folder: Path) -> None:
     """Raises an UploadError for a folder that `save_state` has not written, or whose weights are no fusion."""
     try:
         description = read_description(folder)
-        hidden_size = description["base_config"]["hidden_size"]
+        hidden_size = description["hidden_size"]
         fusion = FUSIONS[description["stateful_gpt"]["feedback"]](hidden_size)
         weights = load_file(folder / STATE_WEIGHTS)
         fusion.load_state_dict(weights)
@@ -173,8 +176,9 @@ def check_state(folder: Path) -> None:
         ) from error
     if not all(z.isfinite().all() for z in weights.values()):
         raise UploadError(f"{folder / STATE_WEIGHTS} is not finite. Train it again, or upload another one.")
-    if not (folder / "modeling_stateful_gpt.py").exists():
-        raise UploadError(f"{folder} lacks its code. Save it again with save_state.")
+    for name in sorted(with_imports(folder, ["modeling_stateful_gpt"])):
+        if not (folder / name).exists():
+            raise UploadError(f"{folder} lacks its code ({name}). Save it again with save_state.")
 
 
 def show(folder: Path, repo_id: str, tag: str | None) -> None:

@@ -26,10 +26,10 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        if self.config.feedback is not None:
-            check_rotary(self.config.text_config, max_cache_length + 1)
         cache: Cache | None = model_kwargs.get(CACHE)
         decode_mode = model_kwargs.get("decode_mode") or self.config.decode_mode
+        if self.config.feedback is not None and decode_mode != "no_feedback":
+            check_rotary(self.config.text_config, max_cache_length + 1)
         cut = generation_config.prefill_chunk_size is not None or generation_config.use_cache is False
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         num_passes = model_kwargs.get("num_passes") or 1

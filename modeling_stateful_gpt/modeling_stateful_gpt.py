@@ -115,8 +115,8 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
         Args:
             input_ids: `[B, T]`, or `inputs_embeds` `[B, T, D]`: token embeddings, into which the state is then fused.
             attention_mask: `[B, past + T]`, 0 on padding; if all layers attend, what `read_mask` takes.
-            position_ids: `[B, T]`; by default the tokens counted without padding. Position 0 starts a sequence: it
-                reads no previous state. Packed sequences need `use_cache=False` and no mask, as in transformers.
+            position_ids: `[B, T]`; by default the tokens counted without padding. Without a mask and a cache
+                (`use_cache=False`), position 0 starts a packed sequence, which reads no previous state.
             past_key_values: a `Cache`; the state is its last layer. With one, a model in training mode evaluates the
                 recurrence as in eval mode: that is how `generate()` calls it.
             num_passes: that many passes instead of what the config says, all with gradients: 1 is the plain language
@@ -166,13 +166,13 @@ class StatefulGPTModel(StatefulGPTPreTrainedModel):
                 router_logits=outputs.get("router_logits"),
             )
 
-        if not torch.compiler.is_compiling():
-            check_rotary(text_config, int(past_length(past_key_values)) + inputs_embeds.shape[1])
         training = self.training and past_key_values is None
         if use_cache and past_key_values is None and not (training and self.traits.has_linear_attention):
             past_key_values = DynamicCache(config=text_config)
         attention_mask = read_mask(self.language_model.config, inputs_embeds, attention_mask, past_key_values)
         plan = self.make_plan(inputs_embeds, past_key_values, training, num_passes, solver, decode_mode, initial_states)
+        if plan.solver != "plain" and not torch.compiler.is_compiling():
+            check_rotary(text_config, int(past_length(past_key_values)) + inputs_embeds.shape[1])
         shape, alignment = inputs_embeds.shape[:2], None
         # In training even one token asks: the answer may take a probe, which all processes with sharded weights run.
         if plan.depends_on_groups and self.can_be_split(inputs_embeds):

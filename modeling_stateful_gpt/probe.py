@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from .backbone import Backbone, Probe, evaluation_mode
 from .cache import can_scatter
+from .compat import is_sharded
 from .recurrence import LanguageModelRecurrence
 from .solvers import Recurrence, relative_change, sequential
 
@@ -100,8 +101,8 @@ def steps_differ(backbone: Backbone) -> bool:
 def takes_in_padding(backbone: Backbone, batch: int) -> bool:
     """Whether padding before a text changes the states of a language model with layers that have one: a bias on what
     they read gets in, though the mask hides the rest. (Older versions of transformers do not mask a batch of one.)"""
-    batch = min(batch, 2)
-    if ("padding", batch) not in backbone.traits.probed:
+    key = ("padding", batch > 1, backbone.language_model.dtype, backbone.language_model.config._attn_implementation)
+    if key not in backbone.traits.probed:
         with evaluation_mode(backbone.language_model), torch.no_grad():
             _, embeds = probe_text(backbone, batch, backbone.device)
             padded = torch.cat([embeds[:, :4], embeds], dim=1)
@@ -111,15 +112,18 @@ def takes_in_padding(backbone: Backbone, batch: int) -> bool:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             after = backbone.run(padded, None, mask, positions).last_hidden_state[:, 4:]
         change = relative_change(after, alone, torch.ones_like(mask[:, 4:]).bool())
-        floor = max(probe(backbone).rounding_floor, torch.finfo(backbone.language_model.dtype).eps)
-        backbone.traits.probed["padding", batch] = bool(change.median() > 64 * floor)
-    return backbone.traits.probed["padding", batch]
+        floor = max(probe(backbone, batch).rounding_floor, torch.finfo(backbone.language_model.dtype).eps)
+        backbone.traits.probed[key] = bool(change.median() > 64 * floor)
+    return backbone.traits.probed[key]
 
 
 @torch.compiler.disable
 def refuse_padding(backbone: Backbone, attention_mask: torch.Tensor | None) -> None:
     """Raises a ValueError for padding that the language model would take in."""
-    if attention_mask is not None and not attention_mask.all() and takes_in_padding(backbone, len(attention_mask)):
+    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.all():
+        return
+    # Where the weights are sharded, a probe takes all processes, and only this one may have padding.
+    if not is_sharded(backbone.language_model) and takes_in_padding(backbone, len(attention_mask)):
         raise ValueError(
             f"{type(backbone.language_model).__name__} takes padding into its state here, as it does without feedback: "
             f"a bias on what it reads gets past the mask. Give it texts without padding, one by one."

@@ -21,7 +21,7 @@ from .cache import (
     snapshot,
 )
 from .cache_layers import put
-from .compat import create_masks, is_sharded
+from .compat import StaticLayer, create_masks, is_sharded
 from .inputs import default_position_ids
 from .solvers import State, groups
 from .timeline import make_timeline
@@ -156,7 +156,10 @@ class LanguageModelRecurrence:
             whole = len(inputs[0]) == self.length and self.past == 0 and not self.may_be_packed
             # The language model's own mask, where it has one, may have a faster kernel.
             masks = {name: mask[:, :, group] for name, mask in self.group_masks.items()}
-            mask = self.attention_mask if whole else masks if len(masks) > 1 else next(iter(masks.values()))
+            own = self.attention_mask
+            if own is not None and own.ndim == 4:
+                own = own[..., : self.length]
+            mask = own if whole else masks if len(masks) > 1 else next(iter(masks.values()))
             hidden_states = self.run(inputs, self.scattered, group, mask)
             slots = put(slots, hidden_states, slice(group.start + 1, None, num_groups), dim=1)
             outputs.append(self.output)
@@ -284,6 +287,10 @@ class LanguageModelRecurrence:
                 return self.attention_mask
             if self.attention_mask.ndim == 2:
                 return self.attention_mask[:, : self.past + position + 1]
+            if self.has_windows or any(isinstance(layer, StaticLayer) for layer in self.own_cache().layers):
+                raise ValueError(
+                    "Stepping over a sequence needs a 2-D attention_mask here; use solver='jacobi' with a 4-D one."
+                )
             return self.attention_mask[:, :, position : position + 1, : self.past + position + 1]
         if self.may_be_packed:
             sequence = self.timeline.is_first.expand_as(self.real).cumsum(1)[:, : position + 1]

@@ -7,6 +7,7 @@ with without_state(model):                                        # the language
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -31,14 +32,16 @@ LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 NO_PART = {
     "_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype", "transformers_version",
-    "use_cache", "output_router_logits",
+    "use_cache", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "id2label",
+    "label2id", "problem_type",
 }  # fmt: skip
 """Fields of a language model's configuration that change nothing of what it computes."""
 
 
 def describe_base(config: PreTrainedConfig) -> dict[str, Any]:
     fields = json.loads(config.to_json_string(use_diff=False))
-    return {name: value for name, value in fields.items() if name not in NO_PART}
+    kept = {name: value for name, value in fields.items() if name not in NO_PART}
+    return {name: value for name, value in kept.items() if not name.endswith(("dropout", "_token_id"))}
 
 
 def save_state(model: Any, folder: str | Path) -> None:
@@ -59,20 +62,27 @@ def save_state(model: Any, folder: str | Path) -> None:
     fusion = stateful.model.feedback
     if hasattr(fusion, "modules_to_save"):  # peft has put a copy in its place.
         fusion = fusion.modules_to_save[model.active_adapter]
+    for name in LORA_FILES:  # Of an adapter that the model no longer has.
+        (folder / name).unlink(missing_ok=True)
     if adapted:
         has_card = (folder / "README.md").exists()
         model.save_pretrained(folder)
         if not has_card:  # A form that nobody has filled in.
             (folder / "README.md").unlink()
     fields = json.loads(stateful.config.to_json_string())
-    kept = {name: value for name, value in fields.items() if name not in {*NO_PART, "text_config", "model_type"}}
+    known = {field.name for field in dataclasses.fields(type(stateful.config))} - {*NO_PART, "text_config"}
+    kept = {name: value for name, value in fields.items() if name in known}
     description = {
         "stateful_gpt": {"feedback": stateful.config.feedback, **kept},
         "base_model": text_config._name_or_path or None,
         "base_revision": getattr(stateful, "base_revision", None),
         "base_config": describe_base(text_config),
+        "hidden_size": stateful.config.hidden_size,
     }
-    save_file({name: z.contiguous() for name, z in fusion.state_dict().items()}, folder / STATE_WEIGHTS)
+    # The LoRA weights of a fusion's own layers are in peft's file.
+    plain = {name: z for name, z in fusion.state_dict().items() if ".lora_" not in name}
+    weights = {name.replace(".base_layer", ""): z.contiguous() for name, z in plain.items()}
+    save_file(weights, folder / STATE_WEIGHTS)
     custom_object_save(stateful, folder)
     (folder / STATE_CONFIG).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
 
@@ -116,8 +126,10 @@ def load_state(model: "StatefulGPTForCausalLM", folder: Path) -> Any:
     fusion.load_state_dict(weights)
     if not (folder / LORA_FILES[0]).exists():
         return model
-    from peft import PeftModel
-
+    try:  # In one, transformers does not ask for peft where remote code is loaded.
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(f"{folder} has LoRA weights, which need peft: pip install peft") from error
     return PeftModel.from_pretrained(model, folder)
 
 

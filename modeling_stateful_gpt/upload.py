@@ -46,9 +46,9 @@ pickled, and not `run.json` and `trainer_state.json`, which name files of the ma
 
 def license_text() -> bytes:
     """The licence of the code: from the checkout, or from the installed package."""
-    file = Path(__file__).parents[1] / "LICENSE"
-    if file.exists():
-        return file.read_bytes()
+    checkout = Path(__file__).parents[1]
+    if (checkout / "hub_upload.py").exists():
+        return (checkout / "LICENSE").read_bytes()
     listed = metadata.files("modeling-stateful-gpt") or []
     return Path(str(next(name for name in listed if name.name == "LICENSE").locate())).read_bytes()
 
@@ -163,7 +163,9 @@ def upload(
         if isinstance(files["README.md"], bytes) and card_on_hub_is_written_by_hand(api, repo_id, revision):
             del files["README.md"]
         # What the new version would otherwise be loaded with, or be judged by.
-        outdated = "|".join([WEIGHTS, RESULTS, *([TOKENIZER] if "tokenizer_config.json" in files else [])])
+        outdated = "|".join(
+            [WEIGHTS, RESULTS, *map(re.escape, LORA_FILES), *([TOKENIZER] if "tokenizer_config.json" in files else [])]
+        )
         parent = api.model_info(repo_id, revision=revision).sha
         stale = [name for name in present if re.fullmatch(outdated, name) and name not in files]
         commit_message = commit_message or "Upload model"

@@ -1213,6 +1213,19 @@ def test_a_causal_4d_mask_changes_nothing_in_training(drawn, scheme, length):
     torch.testing.assert_close(found.pass_losses, expected.pass_losses, **tolerance(drawn["dtype"]))
 
 
+def test_a_4d_mask_with_a_static_cache_is_solved_and_not_stepped():
+    model, ids = shared("llama", feedback="glu"), tokens(2, 6)
+    mask = torch.ones(6, 16, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    with torch.no_grad():
+        for solver in ("cyclic", "jacobi"):
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            found = model(ids, attention_mask=mask, past_key_values=cache, solver=solver).logits
+            torch.testing.assert_close(found, model(ids).logits)
+        with pytest.raises(ValueError, match="needs a 2-D attention_mask here"):
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            model(ids, attention_mask=mask, past_key_values=cache, solver="sequential")
+
+
 def test_with_eager_attention_a_4d_mask_of_booleans_would_be_added_as_ones_and_is_refused():
     model = StatefulGPTForCausalLM(
         StatefulGPTConfig(text_config=BACKBONES["llama"](), attn_implementation="eager")

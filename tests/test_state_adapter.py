@@ -9,7 +9,8 @@ from fresh import run_fresh
 from hub_server import HubServer, online
 from huggingface_hub import ModelCard
 from tiny import LLAMA_LIKE, import_peft, tokens
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.dynamic_module_utils import get_imports
 
 import hub_upload
 from modeling_stateful_gpt import StatefulGPTForCausalLM, save_state, without_state
@@ -86,6 +87,39 @@ def test_lora_weights_lie_beside_it(base, tmp_path):
     merged.save_pretrained(tmp_path / "whole")
     whole = StatefulGPTForCausalLM.from_pretrained(tmp_path / "whole").eval()
     torch.testing.assert_close(whole(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_lora_inside_the_fusion_is_left_to_peft(targets, base, tmp_path):
+    peft = import_peft()
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False)
+    model, ids = peft.get_peft_model(stateful(base), config).eval(), tokens(2, 9)
+    save_state(model, tmp_path)
+    again = StatefulGPTForCausalLM.from_backbone(base, state=tmp_path).eval()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    save_state(model.unload(), tmp_path)
+    assert not hasattr(StatefulGPTForCausalLM.from_backbone(base, state=tmp_path), "disable_adapter")
+
+
+def test_what_clients_write_into_a_configuration_keeps_no_state_from_its_model(base, tmp_path):
+    model = stateful(base)
+    model.config.text_config.pad_token_id, model.config.text_config.attention_dropout = None, 0.1
+    model.config.note = "of a client"
+    save_state(model, tmp_path)
+    assert StatefulGPTForCausalLM.from_backbone(base, state=tmp_path).config.feedback == "correction"
+
+
+def test_a_state_around_a_model_with_other_names_is_published(tmp_path):
+    torch.manual_seed(0)
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=4))
+    save_state(StatefulGPTForCausalLM.from_backbone(plain), tmp_path)
+    hub_upload.main([str(tmp_path), "me/state", "--dry-run"])
+
+
+def test_remote_code_asks_for_torch_and_transformers_alone(base, tmp_path):
+    save_state(stateful(base), tmp_path)
+    needed = {name for file in tmp_path.glob("*.py") for name in get_imports(file)}
+    assert not needed & {"peft", "accelerate", "datasets", "trl", "rich", "matplotlib"}
 
 
 def test_another_language_model_is_refused_by_name(base, tmp_path):
