@@ -1,4 +1,5 @@
 """Publishes a checkpoint folder on the Hugging Face Hub, with code, tokenizer, licence and model card, in one commit.
+A state that `save_state` has written is published in the same way, without its language model.
 
     python hub_upload.py runs/mine me/mine --dry-run
     python hub_upload.py runs/mine me/mine --private

@@ -9,10 +9,10 @@ import yaml
 from huggingface_hub import EvalResultEntry, HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
 
-from .checkpoint_files import count_parameters, finite, read_json, reading
+from .checkpoint_files import count_parameters, finite, read_json, reading, weight_files
 from .compat import OLDEST
+from .state_adapter import LORA_FILES, STATE_WEIGHTS, read_description
 
 TASKS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
@@ -21,6 +21,9 @@ TASKS = {
     "Model": ("AutoModel", "feature-extraction"),
 }
 """The Auto class and the pipeline for each ending of a class name."""
+
+NEEDS = " and ".join(f"{package} {version}" for package, version in OLDEST.items())
+"""The oldest versions that the code works with."""
 
 GENERATED = "<!-- This card was generated from the files beside it. One that is written by hand is kept. -->"
 
@@ -171,7 +174,7 @@ def make_card(
     model_fields = ("feedback", "feedback_source", "num_passes", "pass_probabilities", "solver", "tolerance")
     decoder_fields = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "dtype")
     model_table = {
-        "parameters": f"{count_parameters(folder):,}",
+        "parameters": f"{count_parameters(weight_files(folder)):,}",
         **{name: config[name] for name in model_fields if config.get(name) is not None},
         **{name: decoder[name] for name in decoder_fields if decoder.get(name) is not None},
     }
@@ -189,7 +192,7 @@ def make_card(
         repo_id=repo_id,
         revision=revision,
         generated=GENERATED,
-        needs=" and ".join(f"{package} {version}" for package, version in OLDEST.items()),
+        needs=NEEDS,
         description=describe(config),
         auto_class=auto_class,
         has_tokenizer=(folder / "tokenizer_config.json").exists() or "tokenizer_config.json" in present,
@@ -244,10 +247,8 @@ def make_state_card(
     folder: Path, repo_id: str, revision: str | None, tags: list[str] | None = None, api: HfApi | None = None
 ) -> ModelCard:
     """The model card of a folder that `save_state` has written."""
-    description = read_json(folder / "state_config.json")
+    description = read_description(folder)
     base_model, license_name = known_to(api, on_the_hub(description["base_model"]))
-    with safe_open(folder / "state.safetensors", framework="pt") as weights:
-        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in list(weights.keys()))
     return ModelCard.from_template(
         ModelCardData(
             license=license_name,
@@ -264,9 +265,9 @@ def make_state_card(
         generated=GENERATED,
         base=description["base_model"] or "the language model's name",
         feedback=description["stateful_gpt"]["feedback"],
-        parameters=f"{parameters:,}",
-        lora=(folder / "adapter_config.json").exists(),
-        needs=" and ".join(f"{package} {version}" for package, version in OLDEST.items()),
+        parameters=f"{count_parameters([folder / STATE_WEIGHTS]):,}",
+        lora=(folder / LORA_FILES[0]).exists(),
+        needs=NEEDS,
     )
 
 

@@ -123,9 +123,9 @@ def finite(number: float) -> float:
     return number
 
 
-def count_parameters(folder: Path) -> int:
+def count_parameters(files: list[Path]) -> int:
     count = 0
-    for file in weight_files(folder):
+    for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (it is not a dict)
                 tensor = weights.get_slice(name)

@@ -156,8 +156,8 @@ def cache_argument(forward: Callable) -> str | None:
 
 
 def per_layer_inputs(language_model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """What each layer of Gemma 3n and 4 reads of the tokens. Until transformers 5.16 or so, embeddings are asked for as
-    well, and not looked at."""
+    """What each layer of Gemma 3n and 4 reads of the tokens. Transformers 5.14 asks for embeddings as well, and does
+    not look at them."""
     read: Any = language_model.get_per_layer_inputs
     unused = {"inputs_embeds": None} if "inputs_embeds" in inspect.signature(read).parameters else {}
     return read(input_ids, **unused)

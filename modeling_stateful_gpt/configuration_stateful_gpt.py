@@ -5,6 +5,7 @@ from .compat import OLDEST  # noqa: F401
 
 # isort: split
 import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
@@ -215,5 +216,8 @@ def _read_through(name: str) -> property:
 for _name in READ_THROUGH:
     setattr(StatefulGPTConfig, _name, _read_through(_name))
 
+
+OWN_FIELDS = {field.name for field in dataclasses.fields(StatefulGPTConfig)} - {"dtype", "text_config"}
+"""The fields that do not follow from the language model, as data type and `text_config` do."""
 
 StatefulGPTConfig.register_for_auto_class()

@@ -57,9 +57,8 @@ class StatefulGenerationMixin(RecurrentGenerationMixin):
         return processors
 
     def _get_candidate_generator(self, **kwargs):
-        if (
-            assistant := kwargs.get("assistant_model")
-        ) is not None and assistant.config.model_type != self.config.model_type:
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and assistant.config.model_type != self.config.model_type:
             # It knows nothing of how a recurrence is evaluated.
             given = kwargs["model_kwargs"]
             kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in EVALUATION}

@@ -1,13 +1,15 @@
 """A state as an adapter: what feedback adds to a language model, in a folder of its own, without the language model.
 
-save_state(model, "my-state")                                     # a few MB; with LoRA weights, if there are any
-model = StatefulGPTForCausalLM.from_backbone("HuggingFaceTB/SmolLM2-135M-Instruct", state="my-state")
-with without_state(model):                                        # the language model alone, bit for bit
-    ...
+    save_state(model, "my-state")
+    model = StatefulGPTForCausalLM.from_backbone("HuggingFaceTB/SmolLM2-135M-Instruct", state="my-state")
+    with without_state(model):
+        ...
+
+The folder has a few megabytes, with LoRA weights if the model has any. Inside `without_state`, the model is the
+language model alone, bit for bit.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from transformers import PreTrainedConfig
 
 from .backbone import evaluation_mode
 from .compat import custom_object_save
+from .configuration_stateful_gpt import OWN_FIELDS
 
 if TYPE_CHECKING:
     from .modeling_stateful_gpt import StatefulGPTForCausalLM
@@ -70,8 +73,7 @@ def save_state(model: Any, folder: str | Path) -> None:
         if not has_card:  # A form that nobody has filled in.
             (folder / "README.md").unlink()
     fields = json.loads(stateful.config.to_json_string())
-    known = {field.name for field in dataclasses.fields(type(stateful.config))} - {*NO_PART, "text_config"}
-    kept = {name: value for name, value in fields.items() if name in known}
+    kept = {name: value for name, value in fields.items() if name in OWN_FIELDS - NO_PART}
     description = {
         "stateful_gpt": {"feedback": stateful.config.feedback, **kept},
         "base_model": text_config._name_or_path or None,

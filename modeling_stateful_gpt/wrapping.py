@@ -1,6 +1,5 @@
 """Puts feedback around a trained language model."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .backbone import ROUTED, not_finite, probe_logits, read_traits, refuse_unsupported
-from .configuration_stateful_gpt import StatefulGPTConfig
+from .configuration_stateful_gpt import OWN_FIELDS, StatefulGPTConfig
 from .feedback import FUSIONS
 from .language_modeling import find_decoder, take_head
 from .probe import steps_differ
-
-FIELDS = {field.name for field in dataclasses.fields(StatefulGPTConfig)} - {"dtype", "text_config"}
-"""Of the configuration; data type and language model are those of the backbone."""
+from .state_adapter import check_base, find_state, load_state, read_description
 
 QUANTIZED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
@@ -54,8 +51,8 @@ class WrappingMixin:
             ValueError: if it is no decoder with a head on it that takes feedback, if its weights are not finite, or if
                 the state is another model's.
         """
-        config = {name: value for name, value in options.items() if name in FIELDS}
-        others = {name: value for name, value in options.items() if name not in FIELDS}
+        config = {name: value for name, value in options.items() if name in OWN_FIELDS}
+        others = {name: value for name, value in options.items() if name not in OWN_FIELDS}
         if isinstance(backbone, (str, os.PathLike)):
             name, backbone = backbone, AutoModelForCausalLM.from_pretrained(backbone, **others)
             backbone.base_revision = commit_of(str(name), others.get("revision"))
@@ -65,8 +62,6 @@ class WrappingMixin:
                 f"a model, not with a model."
             )
         if state is not None:
-            from .state_adapter import check_base, find_state, load_state, read_description
-
             folder = find_state(state)
             description = read_description(folder)
             check_base(description, backbone.config, backbone.name_or_path or type(backbone).__name__)

@@ -1,7 +1,7 @@
 """What a state gives a trained model: to follow a coin, a ball under cups or a clock over many moves.
 
-    python -m training.experiments.give_a_state SmolLM2-135M-Instruct --task coin --arm state --output_dir runs/coin
-    python -m training.experiments.give_a_state SmolLM2-135M-Instruct --quick --output_dir runs/quick
+    python -m training.experiments.give_a_state HuggingFaceTB/SmolLM2-135M-Instruct --output_dir runs/coin
+    python -m training.experiments.give_a_state HuggingFaceTB/SmolLM2-135M-Instruct --quick --output_dir runs/quick
 
 A text describes the beginning and then names moves, one token each. After each move the model is to name the state
 as the next token. Training begins with two moves. Where the loss has become small, it goes on to more, up to
