@@ -90,7 +90,7 @@ def verify_agreement(
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         floor = probe(model.model.backbone, len(input_ids)).rounding_floor  # Not a part of what is timed.
         began = time.perf_counter()
-        solver = "cyclic" if model.config.solver == "sequential" else model.config.solver
+        solver = "jacobi" if model.config.solver == "jacobi" else "cyclic"
         solved = model(**inputs, decode_mode="solved", solver=solver)
         between = time.perf_counter()
         stepped = model(**inputs, solver="sequential")

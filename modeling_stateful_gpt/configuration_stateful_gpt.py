@@ -91,7 +91,8 @@ class StatefulGPTConfig(CheckedConfig):
     Evaluation:
         - `decode_mode`: what prompts and other sequences of more than one token go through, a key of `DECODE_MODES`.
         - `prefill_passes`: their passes in the mode `"passes"`; by default as many as in training.
-        - `solver`: how the recurrence is solved in the mode `"solved"`, a key of `SOLVERS` in `solvers.py`.
+        - `solver`: how the recurrence is solved in the mode `"solved"`, a key of `SOLVERS` in `solvers.py`; None for
+          what is expected to take the least time, pass by pass.
         - `num_groups`: groups of positions in a pass of the cyclic solver, in evaluation and training.
         - `tolerance`: how much an element may differ from the solution, in units of the root mean square of its state,
           as far as that can be estimated. Unless it is 0, at least 8 times what rounding does to a state.
@@ -117,7 +118,7 @@ class StatefulGPTConfig(CheckedConfig):
     feedback_noise: float = 0.0
     decode_mode: str = "solved"
     prefill_passes: int | None = None
-    solver: str = "cyclic"
+    solver: str | None = None
     num_groups: int = 8
     tolerance: float = 1e-4
     classifier_dropout: float | None = None
@@ -180,7 +181,7 @@ class StatefulGPTConfig(CheckedConfig):
         check_name("decode_mode", self.decode_mode, DECODE_MODES)
         check_name("head", self.head, HEADS)
         check_name("training_solver", self.training_solver, SOLVERS)
-        check_name("solver", self.solver, SOLVERS)
+        check_name("solver", self.solver, {None, *SOLVERS})
         probabilities = self.pass_probabilities
         if probabilities is not None and not (
             min(probabilities, default=-1) >= 0 and abs(sum(probabilities) - 1) <= 1e-6

@@ -55,7 +55,8 @@ def evaluate_alone(recurrence: LanguageModelRecurrence, plan: Plan, config: Stat
     tolerance = config.tolerance
     if tolerance > 0 and floor is not None:  # Asked for 0, it goes on until nothing changes.
         tolerance = max(tolerance, ROUNDINGS * floor)
-    solution = run_solver(recurrence, plan, config, tolerance=tolerance)
+    adapt = plan.adapt and can_step(recurrence)
+    solution = run_solver(recurrence, plan, config, tolerance=tolerance, adapt=adapt)
     solution.rounding_floor = floor
     if math.isnan(solution.residual):
         logger.warning_once(
@@ -92,6 +93,13 @@ def train(recurrence: TrainingRecurrence, plan: Plan, config: StatefulGPTConfig)
     if stepped:
         record(recurrence, solution)
     return solution
+
+
+def can_step(recurrence: LanguageModelRecurrence) -> bool:
+    """Whether steps are as good as passes: some models write in place what gradients need, and not every 4-D mask has
+    steps."""
+    is_4d = recurrence.attention_mask is not None and recurrence.attention_mask.ndim == 4
+    return not is_4d and not (recurrence.backbone.traits.has_linear_attention and torch.is_grad_enabled())
 
 
 @torch.no_grad()

@@ -11,12 +11,13 @@ class Plan:
     """`solver`: a key of `SOLVERS`; or `"plain"`, the language model alone; or `"shifted"`, the one exact pass of the
     control, whose states are known beforehand. `num_passes`: passes with gradients, None for as many as the tolerance
     takes. `num_no_grad_passes`: those before them. `solve_first`: the solver by which the solution is
-    found, from which the passes then begin."""
+    found, from which the passes then begin. `adapt`: whether the solver may go over to what takes less time."""
 
     solver: str
     num_passes: int | None = None
     num_no_grad_passes: int = 0
     solve_first: str | None = None
+    adapt: bool = False
 
     @property
     def depends_on_groups(self) -> bool:
@@ -27,6 +28,7 @@ class Plan:
 PLAIN = Plan("plain", 1)
 SHIFTED = Plan("shifted", 1)
 STEPPED = Plan("sequential")
+SOLVED = Plan("cyclic", adapt=True)
 
 
 def draw_num_passes(config: StatefulGPTConfig, batch: int) -> int:
@@ -84,7 +86,8 @@ def plan_evaluation(
     | the control, unless stepped | shifted |
     | a token alone; solver "sequential"; the language model can only step here | stepped |
     | `num_passes`; mode "passes", if training makes a number of passes | so many, as training makes them |
-    | anything else | solved to the tolerance |
+    | a solver, as an argument or in the configuration | solved to the tolerance by it |
+    | anything else | solved to the tolerance, by what is expected to take the least time |
 
     A solver "sequential" steps in any mode. A first guess makes of one pass another one than the plain.
 
@@ -107,6 +110,7 @@ def plan_evaluation(
     if length == 1 or steps_only or stepped:
         return STEPPED
     if num_passes is None:
-        return Plan(solver or config.solver)
+        chosen = solver or config.solver
+        return Plan(chosen) if chosen else SOLVED
     candidates = (solver, config.training_solver, "jacobi")
     return Plan(next(name for name in candidates if name not in (None, "sequential")), num_passes)

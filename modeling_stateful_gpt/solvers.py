@@ -20,6 +20,12 @@ State = tuple[torch.Tensor, torch.Tensor]
 PATIENCE = 8
 """Where the residual has not halved in so many passes, the recurrence does not contract, and is stepped instead."""
 
+RUN_COST = {"cpu": 32}
+"""What a run of the language model costs besides its tokens, in tokens that take as long: the weights are read once.
+`training/benchmark_backbone.py --measure solvers` shows what follows from it."""
+RUN_COST_OF_AN_ACCELERATOR = 512
+"""Not measured: an H100 computes about 300 tokens in the time in which it reads bf16 weights, and waits for Python."""
+
 
 class Recurrence(Protocol):
     length: int
@@ -111,6 +117,7 @@ def cyclic(
     tolerance: float = 1e-4,
     num_groups: int = 8,
     num_no_grad_passes: int = 0,
+    adapt: bool = False,
 ) -> Solution:
     """Gauss–Seidel over positions split by `i mod num_groups` (arXiv 2608.18486); one group is Jacobi.
 
@@ -127,6 +134,8 @@ def cyclic(
     Args:
         passes: a fixed number of passes with gradients.
         num_no_grad_passes: how many passes without gradients come before those.
+        adapt: whether to go over all positions at once as long as two passes halve the residual, and to step through
+            the rest as soon as that is expected to take less time (`steps_are_faster`).
 
     Raises:
         ValueError: if a search for the fixed point is exported: its length depends on the data.
@@ -141,7 +150,7 @@ def cyclic(
             "the text. Fix it by num_passes, with solver='jacobi' for any length, or with 'cyclic' for one; or use "
             "solver='sequential' (exact, for one length)."
         )
-    return to_tolerance(recurrence, tolerance, num_groups)
+    return to_tolerance(recurrence, tolerance, num_groups, adapt)
 
 
 def jacobi(recurrence: Recurrence, *args, **kwargs) -> Solution:
@@ -174,19 +183,26 @@ def fixed_passes(recurrence: Recurrence, passes: int, num_groups: int, num_no_gr
     return Solution(states, num_no_grad_passes + passes, pass_hidden_states=tuple(every_pass))
 
 
-def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int) -> Solution:
-    states = recurrence.sweep_groups(None, 0, 1)
-    passes, settled = 1, 1
+def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int, adapt: bool) -> Solution:
+    states: torch.Tensor | None = None
+    passes, settled, split = 0, 0, 1
     residuals: list[float] = []
     while settled < recurrence.length:
-        if len(residuals) > PATIENCE and residuals[-1] > residuals[-1 - PATIENCE] / 2:
-            begin = settled if recurrence.has_groups else 0
+        if passes > 1 and not (adapt and halves(residuals, 2)):
+            split = num_groups
+        begin = settled if recurrence.has_groups else 0
+        left = passes_left(residuals[-1], tolerance) if residuals else 2 - passes
+        faster = adapt and steps_are_faster(recurrence.real, settled, begin, split, left)
+        if faster or not halves(residuals, PATIENCE):
             states = steps_from(recurrence, begin, states)
             return Solution(states, passes + 1, unless_lost(0.0, states, recurrence.real), stepped_from=begin)
         # The second pass is over all positions at once, as the first: it takes less time than one in groups.
-        start, split = (settled, num_groups) if passes > 1 else (0, 1)
+        start = settled if passes > 1 else 0
         previous, states = states, recurrence.sweep_groups(states, start, split)
         passes += 1
+        if previous is None:
+            settled = 1
+            continue
         # Whatever has changed there, the positions up to where the first group comes round again were computed from
         # settled ones.
         settled = min((settled // split + 1) * split, recurrence.length)
@@ -200,6 +216,29 @@ def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int) -> S
         unsettled = torch.nonzero((change > allowed_change(tolerance, residuals)).any(0))
         settled += int(unsettled[0]) if len(unsettled) else change.shape[1]
     return Solution(states, passes, unless_lost(residuals[-1] if residuals else 0.0, states, recurrence.real))
+
+
+def halves(residuals: list[float], passes: int) -> bool:
+    """Whether the last `passes` passes have halved the residual. Until there were so many, they are taken to."""
+    return len(residuals) <= passes or residuals[-1] <= residuals[-1 - passes] / 2
+
+
+def passes_left(residual: float, tolerance: float) -> float:
+    """How many more passes it takes, if each halves the residual."""
+    if tolerance == 0 or math.isinf(residual):
+        return math.inf
+    return max(1, math.ceil(math.log2(max(2 * residual / tolerance, 1))))
+
+
+def steps_are_faster(real: torch.Tensor, settled: int, begin: int, num_groups: int, left: float) -> bool:
+    """Whether to step from `begin` on is expected to take less time than `left` passes from `settled` on, in
+    `num_groups` groups, over positions `real` `[B, T]`. The unit is the time of a token; a run of the language model
+    takes that of `RUN_COST` tokens more."""
+    batch, length = real.shape
+    run = RUN_COST.get(real.device.type, RUN_COST_OF_AN_ACCELERATOR)
+    rest = length - settled
+    left = min(left, math.ceil(rest / num_groups))  # So many are exact in any case.
+    return (length - begin) * (run + batch) < left * (min(num_groups, rest) * run + rest * batch)
 
 
 def allowed_change(tolerance: float, residuals: list[float]) -> float:

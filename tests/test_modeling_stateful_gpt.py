@@ -55,7 +55,9 @@ from modeling_stateful_gpt.solvers import SOLVERS, jacobi, relative_change, sequ
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
-solvers = st.sampled_from([{"solver": "jacobi"}] + [{"solver": "cyclic", "num_groups": n} for n in (2, 3, 8)])
+solvers = st.sampled_from(
+    [{"solver": None}, {"solver": "jacobi"}] + [{"solver": "cyclic", "num_groups": n} for n in (2, 3, 8)]
+)
 HAVE_GROUPS = [name for name in BACKBONES if name not in ("gateloop-pure", "gateloop-hybrid")]
 
 
@@ -1083,7 +1085,10 @@ def test_what_is_no_plain_language_model_is_refused_as_a_backbone():
         ({"pass_probabilities": [0.5, 0.4]}, "must sum to 1"),
         ({"pass_probabilities": []}, "must sum to 1"),
         ({"pass_probabilities": [float("nan")]}, "must sum to 1"),
-        ({"solver": "newton"}, r"solver 'newton' does not exist; choose from \['cyclic', 'jacobi', 'sequential'\]"),
+        (
+            {"solver": "newton"},
+            r"solver 'newton' does not exist; choose from \[None, 'cyclic', 'jacobi', 'sequential'\]",
+        ),
         ({"training_solver": "newton"}, "training_solver 'newton' does not exist"),
         ({"decode_mode": "fast"}, "decode_mode 'fast' does not exist; choose from .*'plain_prompt', 'solved'"),
         ({"num_groups": 0}, "num_groups is 0; it must be at least 1"),

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from modeling_stateful_gpt import StatefulGPTConfig
-from modeling_stateful_gpt.plan import PLAIN, SHIFTED, STEPPED, Plan, plan_evaluation, plan_training
+from modeling_stateful_gpt.plan import PLAIN, SHIFTED, SOLVED, STEPPED, Plan, plan_evaluation, plan_training
 from modeling_stateful_gpt.timeline import make_timeline
 
 
@@ -47,7 +47,8 @@ def evaluated(num_passes=None, solver=None, mode=None, length=9, has_guess=False
 @pytest.mark.parametrize(
     "plan,expected",
     [
-        (evaluated(), Plan("cyclic")),
+        (evaluated(), SOLVED),
+        (evaluated(solver="cyclic"), Plan("cyclic")),
         (evaluated(solver="jacobi"), Plan("jacobi")),
         (evaluated(length=1), STEPPED),
         (evaluated(steps_only=True), STEPPED),
@@ -64,8 +65,8 @@ def evaluated(num_passes=None, solver=None, mode=None, length=9, has_guess=False
         (evaluated(mode="passes"), Plan("cyclic", 3)),
         (evaluated(mode="passes", prefill_passes=5), Plan("cyclic", 5)),
         (evaluated(mode="passes", length=1), STEPPED),
-        (evaluated(mode="passes", num_no_grad_passes=None), Plan("cyclic")),
-        (evaluated(decode_mode="passes", mode="solved"), Plan("cyclic")),
+        (evaluated(mode="passes", num_no_grad_passes=None), SOLVED),
+        (evaluated(decode_mode="passes", mode="solved"), SOLVED),
         (evaluated(feedback_source="embedding"), SHIFTED),
         (evaluated(feedback_source="embedding", length=1), SHIFTED),
         (evaluated(feedback_source="embedding", solver="sequential"), STEPPED),

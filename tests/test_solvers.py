@@ -2,13 +2,14 @@
 that the positions so far have read, through a matrix and tanh."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_stateful_gpt.solvers import PATIENCE, cyclic, groups, jacobi, relative_change, sequential
+from modeling_stateful_gpt.solvers import PATIENCE, RUN_COST, cyclic, groups, jacobi, relative_change, sequential
 
 
 class TanhRecurrence:
@@ -102,17 +103,55 @@ def test_jacobi_is_one_group(recurrence, passes):
     assert torch.equal(torch.stack(a.pass_hidden_states), torch.stack(b.pass_hidden_states))
 
 
-@given(st.one_of(recurrences(), recurrences(WholeTanhRecurrence)), st.integers(1, 9))
-def test_without_a_number_of_passes_the_recurrence_is_solved(recurrence, num_groups):
+@given(
+    st.one_of(recurrences(), recurrences(WholeTanhRecurrence)),
+    st.integers(1, 9),
+    st.booleans(),
+    st.sampled_from([0, 32, 10**6]),
+    st.sampled_from([0.0, 1e-13]),
+)
+def test_without_a_number_of_passes_the_recurrence_is_solved(recurrence, num_groups, adapt, run_cost, tolerance):
     exact = sequential(recurrence).hidden_states
-    solution = cyclic(recurrence, tolerance=0.0, num_groups=num_groups)
+    with patch.dict(RUN_COST, cpu=run_cost):
+        solution = cyclic(recurrence, tolerance=tolerance, num_groups=num_groups, adapt=adapt)
     close(solution.hidden_states, exact)
-    if recurrence.has_groups:
+    if recurrence.has_groups and not adapt:
         assert solution.passes <= 2 + -(-recurrence.length // num_groups)
     exact_gradient, gradient = (
         torch.autograd.grad(h.square().sum(), recurrence.w)[0] for h in (exact, solution.hidden_states)
     )
     close(gradient, exact_gradient, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "batch,length,gain,stepped",
+    [
+        (1, 12, 4.0, True),  # short
+        (1, 400, 0.1, False),
+        (1, 4000, 0.1, False),
+        (100, 400, 0.5, True),  # many rows
+        (20, 400, 0.5, True),
+        (20, 400, 0.0, False),  # nothing is fed back
+    ],
+)
+def test_steps_are_taken_where_they_are_expected_to_take_less_time(batch, length, gain, stepped):
+    recurrence = TanhRecurrence(batch, length, gain)
+    solution = cyclic(recurrence, tolerance=1e-4, adapt=True)
+    assert (solution.stepped_from is not None) == stepped
+    if not stepped:
+        assert all(len(positions) > length / 2 for positions in recurrence.computed), "no groups: it contracts"
+    if gain == 0:
+        assert solution.passes == 2
+
+
+def test_groups_take_over_where_passes_over_all_positions_do_not_contract():
+    recurrence = TanhRecurrence(1, 400, gain=1.5)
+    exact = sequential(recurrence).hidden_states
+    recurrence.computed.clear()
+    with patch.dict(RUN_COST, cpu=1):
+        solution = cyclic(recurrence, tolerance=1e-4, adapt=True)
+    assert any(len(positions) <= 50 for positions in recurrence.computed)
+    close(solution.hidden_states, exact, 1e-3)
 
 
 @pytest.mark.parametrize("solver", [jacobi, cyclic])

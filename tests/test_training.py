@@ -179,6 +179,24 @@ def test_labels_are_smoothed_over_the_next_tokens(preset, compiled, text_files, 
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("rows,steps", [(1, False), (64, True)])
+def test_evaluation_steps_through_the_text_only_where_that_is_expected_to_be_faster(text_files, tmp_path, rows, steps):
+    size = f"--per_device_eval_batch_size={rows}"
+    given = parse(options(text_files, tmp_path / "run", "--preset=stateful", "--block_size=128", size))
+    data = prepare_data(given[1])
+    texts = data.validation.select(range(rows))
+    model = build_model(given[0], given[1], data.tokenizer, 7)
+    trainer = make_trainer(
+        given[0], given[1], data, model=model, args=given[2], eval_dataset=texts, data_collator=collate
+    )
+    runs = []
+    model.model.language_model.register_forward_pre_hook(lambda *_: runs.append(1))
+    found = trainer.evaluate()["eval_loss"]
+    assert (len(runs) >= len(texts[0]["input_ids"])) == steps
+    model.config.solver = "sequential"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(found, abs=1e-5)
+
+
 @pytest.mark.parametrize("more", ["--random_offsets=true", "--gradient_accumulation_steps=2", "--warm_start=true"])
 def test_a_step_for_each_pass_refuses_other_batches(more, text_files, tmp_path):
     with pytest.raises(RunError, match="leave out"):

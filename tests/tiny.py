@@ -80,7 +80,7 @@ def stateful(
 ) -> StatefulGPTForCausalLM:
     """In eval mode, solved until nothing changes, with weights large enough for every path to matter."""
     torch.manual_seed(0)
-    config = {"tolerance": 0.0, **JACOBI, "num_passes": 2, **config}
+    config = {"tolerance": 0.0, "solver": "cyclic", **JACOBI, "num_passes": 2, **config}
     decoder = text_config(backbone) if isinstance(backbone, str) else backbone
     model = StatefulGPTForCausalLM(StatefulGPTConfig(text_config=decoder, **config)).to(dtype).eval()
     with torch.no_grad():

@@ -2,18 +2,20 @@
 
     python training/benchmark_backbone.py HuggingFaceTB/SmolLM2-135M-Instruct
     python training/benchmark_backbone.py FOLDER --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --length 256
+    python training/benchmark_backbone.py HuggingFaceTB/SmolLM2-135M-Instruct --measure solvers --pairs 2
     python training/benchmark_backbone.py --vocab_size 151936 --length 1024 --measure losses
 
 One JSON line per ratio to the plain model: the median, and the smallest and largest pair. Both sides run in turn in one
-process. `peak_mib` is how much more memory a step takes at its peak than the process held before (Linux). For `losses`
-a small random model with a large vocabulary makes a training step with one pass and with three. Close everything else.
+process. `solvers` measures each solver against the default. `peak_mib` is how much more memory a step takes at its peak
+than the process held before (Linux). For `losses` a small random model with a large vocabulary makes a training step
+with one pass and with three. Close everything else.
 """
 
 import argparse
 import ctypes
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -32,6 +34,7 @@ from transformers import (
 )
 
 from modeling_stateful_gpt import StatefulGPTForCausalLM
+from modeling_stateful_gpt.solvers import SOLVERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -58,11 +61,11 @@ def with_feedback(plain: PreTrainedModel, **config) -> StatefulGPTForCausalLM:
     return model
 
 
-def text(tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
-    """`[1, length]` of the default validation text."""
-    blocks = sample_blocks(token_blocks(load_corpus().validation, tokenizer, length), 1)
-    if len(blocks) == 0:
-        raise RunError(f"The text has no block of {length} tokens; lower --length.")
+def text(tokenizer: PreTrainedTokenizerBase, length: int, batch: int = 1) -> torch.Tensor:
+    """`[batch, length]` of the default validation text."""
+    blocks = sample_blocks(token_blocks(load_corpus().validation, tokenizer, length), batch)
+    if len(blocks) < batch:
+        raise RunError(f"The text has no {batch} blocks of {length} tokens; lower --length.")
     return torch.tensor(blocks["input_ids"])
 
 
@@ -91,6 +94,19 @@ def decoding(plain: PreTrainedModel, model: StatefulGPTForCausalLM, ids: torch.T
         {"what": "a decoded token, the plain model", "peak_mib": peak(reference)},
         line | {"peak_mib": peak(measured)},
     ]
+
+
+@torch.no_grad()
+def solvers(plain: PreTrainedModel, model: Any, ids: torch.Tensor, pairs: int) -> Iterator[dict]:
+    """Each solver, against the default."""
+    model.eval()
+    for batch, length in ((1, 16), (1, 64), (1, 256), (4, 64), (4, 256)):
+        evaluate = partial(model, ids[:batch, :length], use_cache=False, logits_to_keep=1)
+        default = evaluate()
+        shape = {"batch": batch, "tokens": length}
+        yield {**shape, "default_passes": default.passes, "default_stepped_from": default.stepped_from}
+        for name in SOLVERS:
+            yield {**shape, **paired_ratio(partial(evaluate, solver=name), evaluate, pairs, name)}
 
 
 def training_step(model: PreTrainedModel, ids: torch.Tensor) -> None:
@@ -145,7 +161,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--vocab_size", type=int, default=151_936, help="of the model for the losses")
     parser.add_argument("--hidden_size", type=int, default=64, help="of the model for the losses")
-    kinds = ["prompts", "decoding", "training", "losses"]
+    kinds = ["prompts", "decoding", "training", "solvers", "losses"]
     parser.add_argument("--measure", nargs="+", choices=kinds, default=kinds[:3])
     arguments = parser.parse_args()
     if min(arguments.length, arguments.train_length, arguments.pairs, arguments.vocab_size) < 2:
@@ -156,20 +172,20 @@ def main() -> None:
     if "losses" in arguments.measure:
         for line in losses(arguments.vocab_size, arguments.length, arguments.hidden_size):
             print(json.dumps(line), flush=True)
-    rest = [kind for kind in kinds[:3] if kind in arguments.measure]
+    rest = [kind for kind in kinds[:-1] if kind in arguments.measure]
     if not rest:
         return
     if arguments.checkpoint is None:
         raise RunError("Name a checkpoint: a causal language model, on the Hub or in a folder.")
     how = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
     plain = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=DTYPES[arguments.dtype], **how)
-    ids = text(AutoTokenizer.from_pretrained(arguments.checkpoint, **how), arguments.length)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, **how)
     model = with_feedback(plain)
+    shapes = {"training": (arguments.train_length, 1), "solvers": (256, 4)}
+    measures: dict[str, Any] = {"prompts": prompts, "decoding": decoding, "training": training, "solvers": solvers}
     for kind in rest:
-        given = ids[:, : arguments.train_length] if kind == "training" else ids
-        for line in {"prompts": prompts, "decoding": decoding, "training": training}[kind](
-            plain, model, given, arguments.pairs
-        ):
+        given = text(tokenizer, *shapes.get(kind, (arguments.length, 1)))
+        for line in measures[kind](plain, model, given, arguments.pairs):
             print(json.dumps(line), flush=True)
 
 

@@ -285,7 +285,7 @@ def without_evaluation(record: dict) -> str:
 
 
 def final_evaluation(run: Run, data: TrainingData, max_blocks: int) -> dict[str, float | None]:
-    """Bits per byte at one pass, at the trained passes, and stepped exactly."""
+    """Bits per byte at one pass, at the trained passes, and of the exact recurrence."""
     model = load_model(str(run.folder)).to(run.training.device)
     warm = warm_start(run.model)
     stateful = isinstance(model, StatefulGPTForCausalLM)
@@ -374,7 +374,7 @@ def show_table(arguments: CompareArguments, records: list[dict], path: Path) -> 
     """Prints the table, and writes it to `path` as Markdown."""
     title = f"Validation bits per byte, mean of seeds {', '.join(map(str, arguments.seeds))} (lower is better)"
     notes = (
-        "Exact: stepped token by token, as in decoding. Tokens and seconds: of training, up to the model evaluated. "
+        "Exact: the recurrence itself, as in decoding. Tokens and seconds: of training, up to the model evaluated. "
         "Difference: its mean over runs of the same seed, and the standard error; in the same seconds: by the "
         "evaluations in training (of --max_eval_samples blocks, not --max_eval_blocks), at the second at which the "
         "first arm has the model evaluated (or, if it was better, before it), nan if there were none."

@@ -1,4 +1,4 @@
-"""Bits per byte and perplexity of a checkpoint, for 1, 2, … passes and stepped exactly.
+"""Bits per byte and perplexity of a checkpoint, for 1, 2, … passes and of the exact recurrence.
 
     python training/evaluate.py runs/stateful --passes 1 2 3 10 30
     python training/evaluate.py runs/stateful --text_file book.txt
@@ -21,7 +21,7 @@ from records import write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from train import RunError, load_model, load_tokenizer, run_command, stepped
+from train import RunError, exactly, load_model, load_tokenizer, run_command
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_stateful_gpt.generation_gateloop import position_limit
@@ -35,12 +35,12 @@ def mean_nats(
     batch_size: int = 64,
     solver: str | None = None,
 ) -> float:
-    """The mean loss per predicted token in nats; with `num_passes=None`, of the recurrence stepped exactly. All tokens
+    """The mean loss per predicted token in nats; with `num_passes=None`, of the exact recurrence. All tokens
     of a block but its first are predicted."""
     model.eval()
-    how = stepped(model) if num_passes is None else {"num_passes": num_passes, "solver": solver}
+    how = exactly(model) if num_passes is None else {"num_passes": num_passes, "solver": solver}
     batches = blocks.with_format("torch").iter(batch_size)
-    what = "stepping" if num_passes is None else f"{num_passes} pass(es)"
+    what = "exact recurrence" if num_passes is None else f"{num_passes} pass(es)"
     total = 0.0
     for batch in tqdm(batches, total=math.ceil(len(blocks) / batch_size), desc=what, leave=False):
         ids = batch["input_ids"].to(model.device)

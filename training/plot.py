@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter
 
 
 def draw(runs: dict[str, list[dict]], path: Path) -> None:
-    """Validation bits per byte, stepped exactly, against the tokens seen and the seconds of training: a line for each
+    """Validation bits per byte of the exact recurrence, against the tokens and the seconds of training: a line for each
     name, the mean of its runs (what `results.json` holds, one for each seed) over the steps at which all of them were
     evaluated; the runs are thin behind it."""
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4 + 0.25 * len(runs)), layout="constrained", sharey=True)
@@ -31,7 +31,7 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
         axes.set(xlabel=f"training {label}")
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="validation bits per byte, stepped exactly")
+    panels[0].set(ylabel="validation bits per byte, exact recurrence")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -38,8 +38,8 @@ from train import (
     SEEDS,
     DataArguments,
     DocumentTrainer,
+    LanguageModelTrainer,
     Preset,
-    SteppingTrainer,
     TrainArguments,
     WindowTrainer,
     as_json,
@@ -49,10 +49,10 @@ from train import (
     check_place,
     check_trainer,
     count_parameters,
+    exactly,
     matched_model,
     repeated,
     run_command,
-    stepped,
 )
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.modeling_outputs import CausalLMOutput
@@ -547,7 +547,7 @@ def make_trainer(
     arguments: StateTrackingArguments,
     training: StateTrackingTraining,
     folder: str,
-) -> SteppingTrainer:
+) -> LanguageModelTrainer:
     task = task_of(task_name, arguments)
     model = build_model(model_name, task, arguments, seed)
     batch = batch_size(training)
@@ -564,7 +564,7 @@ def make_trainer(
     of_one_length = batch if task.one_length_a_batch else 1
     fresh = FreshSequences(task, training.max_steps * batch, seed, arguments.curriculum, of_one_length)
     if arguments.context == "blocks":
-        return SteppingTrainer(model, run, collate, fresh)
+        return LanguageModelTrainer(model, run, collate, fresh)
     return DocumentTrainer(model, run, collate, fresh, context=arguments.context, chunk_size=arguments.chunk_size)
 
 
@@ -591,7 +591,7 @@ def train_and_test(
 
 @torch.no_grad()
 def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
-    """On the same `number` sequences of one length for every model; what has feedback is stepped."""
+    """On the same `number` sequences of one length for every model; what has feedback is evaluated exactly."""
     model.eval()
     answers = wrong = sequences_with_an_error = 0
     batch_size = max(1, 2**17 // length)
@@ -600,7 +600,7 @@ def test(model: PreTrainedModel, task: Task, length: int, number: int) -> dict:
         batch = collate([example(task, np.random.default_rng([2**32, length, i]), length) for i in numbers])
         ids, targets = batch["input_ids"][:, :-1].to(model.device), batch["labels"][:, 1:].to(model.device)
         asked = targets != NOTHING
-        errors = (model(input_ids=ids, use_cache=False, **stepped(model)).logits.argmax(-1) != targets) & asked
+        errors = (model(input_ids=ids, use_cache=False, **exactly(model)).logits.argmax(-1) != targets) & asked
         answers += int(asked.sum())
         wrong += int(errors.sum())
         sequences_with_an_error += int(errors.any(1).sum())

@@ -440,10 +440,9 @@ class TrainingClock(TrainerCallback, ExportableState):
         return max(0.0, 1 - self.seconds / self.max_seconds)
 
 
-class SteppingTrainer(Trainer):
-    """Evaluates by stepping: exact, and on large batches on a CPU faster than solving to tolerance. Notes in its log
-    what each evaluation has cost: the tokens and `train_seconds` of this run and, `before`, of those it goes on from.
-    """
+class LanguageModelTrainer(Trainer):
+    """Evaluates the exact recurrence. Notes in its log what each evaluation has cost: the tokens and `train_seconds` of
+    this run and, `before`, of those it goes on from."""
 
     label_smoother: Callable | None
 
@@ -537,15 +536,15 @@ class SteppingTrainer(Trainer):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        return super().prediction_step(model, {**inputs, **stepped(self.model)}, *args, **kwargs)
+        return super().prediction_step(model, {**inputs, **exactly(self.model)}, *args, **kwargs)
 
 
-def stepped(model: PreTrainedModel) -> dict[str, str]:
-    """The arguments with which a model's forward steps through the sequence; none for a plain model."""
-    return {"solver": "sequential"} if model.config.model_type == StatefulGPTConfig.model_type else {}
+def exactly(model: PreTrainedModel) -> dict[str, str]:
+    """The arguments with which a model's forward evaluates the recurrence itself; none for a plain model."""
+    return {"decode_mode": "solved"} if model.config.model_type == StatefulGPTConfig.model_type else {}
 
 
-class StepPerPassTrainer(SteppingTrainer):
+class StepPerPassTrainer(LanguageModelTrainer):
     """The training of the original proposal: the states that a pass reads carry no gradient to the pass before, and
     each pass takes a step of the optimiser (here one and the same; there, each had its own)."""
 
@@ -568,11 +567,11 @@ class StepPerPassTrainer(SteppingTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class WindowTrainer(WarmStart, SteppingTrainer):
+class WindowTrainer(WarmStart, LanguageModelTrainer):
     """Cuts the text anew in each epoch."""
 
 
-class DocumentTrainer(WholeDocuments, SteppingTrainer):
+class DocumentTrainer(WholeDocuments, LanguageModelTrainer):
     """Trains on whole documents, and evaluates on blocks as all others do."""
 
 
@@ -1039,7 +1038,7 @@ def begin(
     prepared: Callable[[], TrainingData] | None,
     callbacks: Sequence[TrainerCallback],
     held: contextlib.ExitStack,
-) -> tuple[SteppingTrainer, TrainingData, str | None]:
+) -> tuple[LanguageModelTrainer, TrainingData, str | None]:
     """Makes all that the run needs in the output folder, which is given back when `held` is closed, and then notes the
     run's settings in it, before any data is written. Returns the trainer, the data and the checkpoint to go on from.
 
@@ -1104,7 +1103,7 @@ def checked_trainer(
     data: TrainingData,
     model: PreTrainedModel,
     callbacks: Sequence[TrainerCallback] = (),
-) -> SteppingTrainer:
+) -> LanguageModelTrainer:
     """The trainer of a run that can begin: if not, a RunError says why."""
     patience = training_arguments.patience
     patient = [StopWhenNothingImproves(patience)] if patience else []
@@ -1143,7 +1142,7 @@ def check_options(arguments: TrainArguments) -> None:
         checkpointed(nn.Identity(), torch.zeros(1, requires_grad=True), **given)
 
 
-def check_trainer(trainer: SteppingTrainer) -> None:
+def check_trainer(trainer: LanguageModelTrainer) -> None:
     """Makes what the Trainer would make only after the run has begun, so that what is wrong with it shows before.
 
     Raises:
@@ -1166,7 +1165,7 @@ def check_trainer(trainer: SteppingTrainer) -> None:
         check_schedule(trainer, batches)
 
 
-def check_schedule(trainer: SteppingTrainer, batches: int) -> None:
+def check_schedule(trainer: LanguageModelTrainer, batches: int) -> None:
     """Raises an error for a learning rate that is no number at the beginning, half-way or at the end."""
     arguments = trainer.args
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * batches)
@@ -1179,7 +1178,7 @@ def check_schedule(trainer: SteppingTrainer, batches: int) -> None:
         raise ValueError("the learning rate does not stay finite.")
 
 
-def finish(trainer: SteppingTrainer, model_arguments: ModelArguments, report: dict) -> dict:
+def finish(trainer: LanguageModelTrainer, model_arguments: ModelArguments, report: dict) -> dict:
     """Saves the trained model and what `results.json` says of it, which is returned."""
     training_arguments, model = trainer.args, trainer.model
     folder = Path(training_arguments.output_dir)
@@ -1248,7 +1247,7 @@ def spent(checkpoint: str | None) -> dict[str, float]:
 
 def make_trainer(
     model_arguments: ModelArguments, data_arguments: DataArguments, data: TrainingData, **arguments
-) -> SteppingTrainer:
+) -> LanguageModelTrainer:
     """Over blocks that are always the same, over windows where their place in the text matters, or over documents."""
     warm = warm_start(model_arguments)
     if step_per_pass(model_arguments):
@@ -1256,7 +1255,7 @@ def make_trainer(
     if data_arguments.context != "blocks":
         return make_document_trainer(data_arguments, data, **arguments)
     if not warm and not data_arguments.random_offsets:
-        return SteppingTrainer(train_dataset=data.train, **arguments)
+        return LanguageModelTrainer(train_dataset=data.train, **arguments)
     training_arguments, model = arguments["args"], arguments["model"]
     tokens = np.concatenate(data.train.with_format("numpy")["input_ids"][:])
     seed = training_arguments.data_seed if training_arguments.data_seed is not None else training_arguments.seed
