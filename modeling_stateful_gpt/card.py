@@ -225,10 +225,12 @@ model{% endif %}: the last hidden state of each token enriches the embedding of 
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-{% set pinned = ', revision="' + revision + '"' if revision else "" -%}
+{% set pinned = 'revision="' + revision + '"' if revision else "" -%}
 code = "modeling_stateful_gpt.StatefulGPTForCausalLM"
-StatefulGPT = get_class_from_dynamic_module(code, "{{ repo_id }}"{{ pinned }})
-model = StatefulGPT.from_backbone("{{ base }}", state="{{ repo_id }}")
+StatefulGPT = get_class_from_dynamic_module(code, "{{ repo_id }}"{{ ", " + pinned if pinned else "" }})
+model = StatefulGPT.from_backbone(
+    "{{ base }}", state="{{ repo_id }}"{{ ", state_" + pinned if pinned else "" }}
+)
 tokenizer = AutoTokenizer.from_pretrained("{{ base }}")
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))

@@ -16,6 +16,8 @@ from .language_modeling import find_decoder, take_head
 from .probe import steps_differ
 from .state_adapter import check_base, find_state, load_state, read_description
 
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
+"""What says how to reach the Hub, for the language model and for a state alike."""
 QUANTIZED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
@@ -34,6 +36,7 @@ class WrappingMixin:
         backbone: str | os.PathLike | PreTrainedModel,
         feedback: str | None = "correction",
         state: str | os.PathLike | None = None,
+        state_revision: str | None = None,
         **options,
     ) -> Any:
         """Puts feedback around a trained causal language model, whose modules are taken over, not copied.
@@ -44,6 +47,7 @@ class WrappingMixin:
                 cannot.
             state: what `save_state` has written for this language model: a folder, or a name on the Hub. It says what
                 the feedback is. With an adapter of peft beside it, the `PeftModel` is returned.
+            state_revision: the branch, tag or commit of the state on the Hub. `revision` is the language model's.
             options: further fields of `StatefulGPTConfig`; with a name or path, also what `from_pretrained` takes
                 (`dtype`, `device_map`, `quantization_config`, `revision`, …).
 
@@ -62,7 +66,8 @@ class WrappingMixin:
                 f"a model, not with a model."
             )
         if state is not None:
-            folder = find_state(state)
+            hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+            folder = find_state(state, revision=state_revision, **hub)
             description = read_description(folder)
             check_base(description, backbone.config, backbone.name_or_path or type(backbone).__name__)
             return load_state(cls.from_backbone(backbone, **{**description["stateful_gpt"], **config}), folder)

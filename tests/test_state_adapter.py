@@ -134,12 +134,14 @@ def test_another_language_model_is_refused_by_name(base, tmp_path):
 
 
 STRANGER = """
-import json, sys
+import json, os, sys
 sys.modules["modeling_stateful_gpt"] = None
+token = os.environ.pop("HF_TOKEN")
 import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-kind = get_class_from_dynamic_module("modeling_stateful_gpt.StatefulGPTForCausalLM", "me/state", revision="v1")
-model = kind.from_backbone("me/base", state="me/state").eval()
+code = "modeling_stateful_gpt.StatefulGPTForCausalLM"
+kind = get_class_from_dynamic_module(code, "me/state", revision="v1", token=token)
+model = kind.from_backbone("me/base", state="me/state", state_revision="v1", token=token).eval()
 print(json.dumps(model(torch.tensor([[72, 101, 108, 108, 111]])).logits.tolist()))
 """
 
@@ -152,13 +154,19 @@ def test_a_published_state_loads_where_the_package_is_unknown(base, tmp_path, mo
         byte_tokenizer().push_to_hub("me/base")
         model = stateful("me/base")
         save_state(model, tmp_path / "state")
-        hub_upload.main([str(tmp_path / "state"), "me/state"])
+        hub_upload.main([str(tmp_path / "state"), "me/state", "--private"])
         files = hub.repos["me/state"].commit("main").files
         assert {"state.safetensors", "state_config.json", "modeling_stateful_gpt.py", "LICENSE"} <= set(files)
         assert "model.safetensors" not in files and sum(map(len, files.values())) < 400_000
         card = ModelCard(files["README.md"].decode())
         assert card.data.base_model == "me/base" and card.data.base_model_relation == "adapter"
         assert 'state="me/state"' in card.text and json.loads(files["state_config.json"])["base_revision"]
+        assert 'state_revision="v1"' in card.text
+        with torch.no_grad():  # What comes after the tag is another state.
+            later = stateful("me/base")
+            later.model.feedback.down.weight.add_(1.0)
+        save_state(later, tmp_path / "later")
+        hub_upload.main([str(tmp_path / "later"), "me/state", "--tag=v2"])
         environment = hub.environment(tmp_path / "home")
         logits = json.loads(run_fresh("-c", STRANGER, env=environment).splitlines()[-1])
         assert hub.unknown == []
