@@ -30,7 +30,8 @@ test-all: $(VENV)/test lint
 test-oldest test-newest: test-%: .venv-%/test
 	.venv-$*/bin/python -m pytest $(PARALLEL) $(addprefix tests/test_,$(addsuffix .py, \
 		accelerate compat compile configuration faults gate_loop gateloop_model generation hub_upload modeling_gateloop \
-		modeling_stateful_gpt peft remote_code reversible solvers training unbounded warm_start))
+		modeling_stateful_gpt old_checkpoints peft plan remote_code reversible solvers state_adapter training unbounded \
+		warm_start))
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -77,6 +77,9 @@ def verify_agreement(
 ) -> Agreement:
     """Solves the recurrence over `input_ids` `[B, T]`, steps through it, and compares.
 
+    It solves by the passes that the configuration names, cyclic ones where it names none, and never goes over to steps
+    because these are faster.
+
     Raises:
         ValueError: for a model without feedback, or a text of fewer than two tokens.
     """

@@ -1,12 +1,13 @@
 """Has the recurrence of a batch evaluated as its plan says."""
 
+import contextlib
 import math
 
 import torch
 from transformers.utils import logging
 
-from .backbone import evaluation_mode
-from .compat import checkpointing, is_sharded
+from .backbone import evaluation_mode, without_checkpointing
+from .compat import StaticLayer, checkpointing, is_sharded
 from .configuration_stateful_gpt import StatefulGPTConfig
 from .inputs import look_up
 from .plan import Plan
@@ -28,7 +29,10 @@ def evaluate(recurrence: LanguageModelRecurrence, plan: Plan, config: StatefulGP
             "The fusion is sharded apart from the model, and not all processes need it equally often. Wrap the "
             "decoder's layers alone (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)."
         )
-    solution = evaluate_alone(recurrence, plan, config)
+    language_model = recurrence.backbone.language_model
+    # In training mode, checkpointed layers would keep nothing in the cache.
+    with without_checkpointing(language_model) if language_model.training else contextlib.nullcontext():
+        solution = evaluate_alone(recurrence, plan, config)
     recurrence.wait_for_others()
     return solution
 
@@ -96,10 +100,12 @@ def train(recurrence: TrainingRecurrence, plan: Plan, config: StatefulGPTConfig)
 
 
 def can_step(recurrence: LanguageModelRecurrence) -> bool:
-    """Whether steps are as good as passes: some models write in place what gradients need, and not every 4-D mask has
-    steps."""
+    """Whether steps do what passes do: some write in place what gradients need, and not every 4-D mask has steps."""
+    layers = () if recurrence.cache is None else recurrence.cache.layers
+    static = any(isinstance(layer, StaticLayer) for layer in layers)
+    in_place = torch.is_grad_enabled() and (static or recurrence.backbone.traits.has_linear_attention)
     is_4d = recurrence.attention_mask is not None and recurrence.attention_mask.ndim == 4
-    return not is_4d and not (recurrence.backbone.traits.has_linear_attention and torch.is_grad_enabled())
+    return not is_4d and not in_place
 
 
 @torch.no_grad()

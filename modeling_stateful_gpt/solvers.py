@@ -23,8 +23,9 @@ PATIENCE = 8
 RUN_COST = {"cpu": 32}
 """What a run of the language model costs besides its tokens, in tokens that take as long: the weights are read once.
 `training/benchmark_backbone.py --measure solvers` shows what follows from it."""
-RUN_COST_OF_AN_ACCELERATOR = 512
-"""Not measured: an H100 computes about 300 tokens in the time in which it reads bf16 weights, and waits for Python."""
+RUN_COST_OF_AN_ACCELERATOR = 4096
+"""Not measured. An H100 takes as long to read the bf16 weights of a large model as for some 300 tokens, to start the
+kernels of a small one as for 10,000."""
 
 
 class Recurrence(Protocol):
@@ -134,8 +135,8 @@ def cyclic(
     Args:
         passes: a fixed number of passes with gradients.
         num_no_grad_passes: how many passes without gradients come before those.
-        adapt: whether to go over all positions at once as long as two passes halve the residual, and to step through
-            the rest as soon as that is expected to take less time (`steps_are_faster`).
+        adapt: whether to go over all positions at once as long as two passes halve the residual. The rest is then
+            stepped as soon as that is expected to take less time (`steps_are_faster`).
 
     Raises:
         ValueError: if a search for the fixed point is exported: its length depends on the data.
@@ -188,10 +189,11 @@ def to_tolerance(recurrence: Recurrence, tolerance: float, num_groups: int, adap
     passes, settled, split = 0, 0, 1
     residuals: list[float] = []
     while settled < recurrence.length:
-        if passes > 1 and not (adapt and halves(residuals, 2)):
+        contracts = halves(residuals, 2)
+        if passes > 1 and not (adapt and contracts):
             split = num_groups
         begin = settled if recurrence.has_groups else 0
-        left = passes_left(residuals[-1], tolerance) if residuals else 2 - passes
+        left = passes_left(residuals, tolerance) if contracts or split > 1 else math.inf
         faster = adapt and steps_are_faster(recurrence.real, settled, begin, split, left)
         if faster or not halves(residuals, PATIENCE):
             states = steps_from(recurrence, begin, states)
@@ -223,11 +225,13 @@ def halves(residuals: list[float], passes: int) -> bool:
     return len(residuals) <= passes or residuals[-1] <= residuals[-1 - passes] / 2
 
 
-def passes_left(residual: float, tolerance: float) -> float:
-    """How many more passes it takes, if each halves the residual."""
-    if tolerance == 0 or math.isinf(residual):
-        return math.inf
-    return max(1, math.ceil(math.log2(max(2 * residual / tolerance, 1))))
+def passes_left(residuals: list[float], tolerance: float) -> float:
+    """How many more passes it takes, if each halves the residual: two at least, of which the second finds no change."""
+    if not residuals:
+        return 2
+    if residuals[-1] <= tolerance:
+        return 1
+    return math.inf if tolerance == 0 else 1 + math.log2(residuals[-1]) - math.log2(tolerance)
 
 
 def steps_are_faster(real: torch.Tensor, settled: int, begin: int, num_groups: int, left: float) -> bool:
@@ -236,9 +240,9 @@ def steps_are_faster(real: torch.Tensor, settled: int, begin: int, num_groups: i
     takes that of `RUN_COST` tokens more."""
     batch, length = real.shape
     run = RUN_COST.get(real.device.type, RUN_COST_OF_AN_ACCELERATOR)
-    rest = length - settled
-    left = min(left, math.ceil(rest / num_groups))  # So many are exact in any case.
-    return (length - begin) * (run + batch) < left * (min(num_groups, rest) * run + rest * batch)
+    rest = length - begin  # Without groups, a pass is over all positions.
+    left = min(left, math.ceil((length - settled) / num_groups))  # After so many, all is exact in any case.
+    return rest * (run + batch) < left * (min(num_groups, rest) * run + rest * batch)
 
 
 def allowed_change(tolerance: float, residuals: list[float]) -> float:

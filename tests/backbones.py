@@ -276,7 +276,7 @@ def write(rows: list[Row]) -> str:
         "- a saved model loads to the same logits;\n"
         "- a training step gives finite gradients.",
         f"Of {len(built)} types of decoders, {works} work ({100 * works / max(len(built), 1):.0f} %).",
-        "The solver is the one that the default, cyclic, comes down to: Jacobi takes more passes. The head is one "
+        "The solver is what cyclic passes come down to: Jacobi takes more of them. The head is one "
         "linear layer, or the language model's own.",
         "Attention by an index (DeepSeek-V3.2 and others) was tried on texts that are no longer than what it keeps "
         "(`index_topk`). On longer ones, the steps of these models by themselves differ from their pass.",

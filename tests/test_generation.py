@@ -347,7 +347,10 @@ def test_early_exit_fails_around_gpt2_as_it_does_for_gpt2_and_changes_nothing():
 def test_a_cache_that_another_model_has_filled_is_refused_and_stays_as_it_was(backbone):
     model, plain, ids = shared(backbone, feedback="glu"), shared(backbone, feedback=None), tokens(2, 6)
     wider = stateful(backbone, feedback="glu", dtype=torch.float32)
-    wider.config.text_config.num_hidden_layers = 1
+    config = wider.config.text_config
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    config.num_hidden_layers = 1
     with torch.no_grad():
         for giver, taker, message in (
             (plain, model, "6 tokens, and no last hidden state to feed back"),

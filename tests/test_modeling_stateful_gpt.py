@@ -1435,3 +1435,19 @@ def test_trainer_passes_kinds_of_tokens(tmp_path):
 def test_a_mask_that_is_no_tensor_is_refused_by_name(feedback):
     with pytest.raises(ValueError, match="attention_mask is of type dict; it must be a tensor"):
         shared("gateloop", feedback=feedback)(tokens(1, 5), attention_mask={"full_attention": torch.ones(1, 5)})
+
+
+def test_the_default_steps_only_where_that_keeps_gradients_and_states():
+    """A cache that is written in place, and layers in training mode that would checkpoint away their keys."""
+    model, ids = stateful("llama", solver=None, feedback="correction"), tokens(2, 3)
+    exact = model(ids, labels=ids, solver="sequential", use_cache=False)
+    parameter = model.model.feedback.down.weight
+    (expected,) = torch.autograd.grad(exact.loss, parameter)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=16)
+    (found,) = torch.autograd.grad(model(ids, labels=ids, past_key_values=cache).loss, parameter)
+    torch.testing.assert_close(found, expected)
+
+    model.gradient_checkpointing_enable()
+    logits = model.train()(ids, past_key_values=DynamicCache(config=model.config.text_config)).logits
+    torch.testing.assert_close(logits, exact.logits)
+    assert model.model.language_model.layers[0].gradient_checkpointing
