@@ -24,7 +24,7 @@ RUN_COST = {"cpu": 32}
 """What a run of the language model costs besides its tokens, in tokens that take as long: the weights are read once.
 `training/benchmark_backbone.py --measure solvers` shows what follows from it."""
 RUN_COST_OF_AN_ACCELERATOR = 4096
-"""Not measured. An H100 takes as long to read the bf16 weights of a large model as for some 300 tokens, to start the
+"""An estimate, not measured. An H100 takes as long to read the bf16 weights of a large model as for some 300 tokens, to start the
 kernels of a small one as for 10,000."""
 
 
