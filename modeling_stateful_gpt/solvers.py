@@ -24,8 +24,8 @@ RUN_COST = {"cpu": 32}
 """What a run of the language model costs besides its tokens, in tokens that take as long: the weights are read once.
 `training/benchmark_backbone.py --measure solvers` shows what follows from it."""
 RUN_COST_OF_AN_ACCELERATOR = 4096
-"""An estimate, not measured. An H100 takes as long to read the bf16 weights of a large model as for some 300 tokens, to start the
-kernels of a small one as for 10,000."""
+"""An estimate, not measured: an H100 reads the bf16 weights of a large model in the time of some 300 tokens, and
+starts the kernels of a small one in that of 10,000."""
 
 
 class Recurrence(Protocol):
