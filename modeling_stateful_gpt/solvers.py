@@ -135,7 +135,7 @@ def cyclic(
     Args:
         passes: a fixed number of passes with gradients.
         num_no_grad_passes: how many passes without gradients come before those.
-        adapt: whether to go over all positions at once as long as two passes halve the residual. The rest is then
+        adapt: whether to go over all positions at once as long as two passes halve the residual. The rest is
             stepped as soon as that is expected to take less time (`steps_are_faster`).
 
     Raises:
